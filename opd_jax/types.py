@@ -1,0 +1,123 @@
+"""The arrays that travel between the stages of a step.
+
+Letters: B sequences (prompts x G rollouts each), P prompt slots, T completion
+slots, S = P + T, C a chunk of T, V vocabulary columns. Index t of every
+`[B, T]` array is about completion token t. Masks come from lengths, never from
+token ids, so a pad id may equal an end-of-sequence id. Every class is a frozen
+pytree; a field that is `None` was not asked for.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jaxtyping import Array, Bool, Float, Int
+
+# A nested dict of arrays.
+Params = Mapping[str, Any]
+
+# Why a rollout ended: values of `Rollout.stop_reason`.
+STOP_LENGTH = 0  # Ran into the completion limit: truncated.
+STOP_ID = 1  # Drew one of the stop ids, which is part of the completion.
+
+# Log-probability of a vocabulary column no model may use. It is finite, so
+# that p * (log p - log q) is exactly 0 there, and exp(MASKED_LOGPROB) == 0.
+MASKED_LOGPROB = -1e4
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptBatch:
+  """Prompts of one step, left-aligned: row b holds `lengths[b]` ids, then 0."""
+
+  tokens: Int[Array, "B P"]
+  lengths: Int[Array, " B"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rollout:
+  """Completions drawn for prompts, row b * G + g being rollout g of prompt b.
+
+  Attributes:
+    prompts: the prompt of every row (repeated G times, so B rows).
+    tokens: completion ids, 0 behind the end.
+    sampled_mask: true for drawn tokens, the stop id included.
+    behavior_logprobs: nats, under the sampling distribution (temperature and
+      filters applied, renormalised); 0 behind the end.
+    stop_reason: `STOP_LENGTH` or `STOP_ID`.
+  """
+
+  prompts: PromptBatch
+  tokens: Int[Array, "B T"]
+  sampled_mask: Bool[Array, "B T"]
+  behavior_logprobs: Float[Array, "B T"]
+  stop_reason: Int[Array, " B"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelScores:
+  """What one model says of the completion, float32, at the run's temperature.
+
+  Attributes:
+    logprobs: nats of the completion token; 0 where `loss_mask` is false.
+    entropy: nats of the next-token distribution; 0 where masked. Carries no
+      gradient unless the request says `entropy_gradient`.
+    vocab_logprobs: the whole next-token distribution. Columns beyond the
+      vocabulary shared by all models hold `MASKED_LOGPROB`.
+  """
+
+  logprobs: Float[Array, "B T"] | None = None
+  entropy: Float[Array, "B T"] | None = None
+  vocab_logprobs: Float[Array, "B T V"] | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scores:
+  """Everything an objective may read; exactly the fields it declared are set.
+
+  Attributes:
+    tokens: completion ids.
+    sampled_mask: drawn by the student, stop id included.
+    loss_mask: carries loss (a forced prefix may, a tool's output must not).
+    behavior_valid: `behavior_logprobs` exists for this token.
+    behavior_logprobs: nats, under the distribution that drew the token.
+    group: the prompt's index in the global batch; rows of a group are
+      rollouts of one prompt.
+    student: the student after the plain prompt.
+    student_privileged: the student after the second, privileged prompt.
+    teacher: the frozen teacher.
+    reference: the frozen reference.
+  """
+
+  tokens: Int[Array, "B T"]
+  sampled_mask: Bool[Array, "B T"]
+  loss_mask: Bool[Array, "B T"]
+  behavior_valid: Bool[Array, "B T"]
+  behavior_logprobs: Float[Array, "B T"]
+  group: Int[Array, " B"]
+  student: ModelScores
+  student_privileged: ModelScores
+  teacher: ModelScores
+  reference: ModelScores
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainState:
+  """What a step changes, and a checkpoint holds.
+
+  Attributes:
+    step: updates done.
+    params: float32 master weights of the student.
+    optimizer: state of the optax chain.
+    objective: the objective's own arrays across steps; `{}` if it has none.
+  """
+
+  step: Int[Array, ""]
+  params: Params
+  optimizer: Any
+  objective: Mapping[str, Array]
