@@ -1,0 +1,36 @@
+"""Objectives by name: a new one is one file and one entry here."""
+
+import difflib
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+from opd_jax import config as config_lib
+from opd_jax.errors import InputError
+from opd_jax.objectives import gkd, opd_k1
+from opd_jax.objectives.base import Objective
+
+OBJECTIVES: dict[str, ModuleType] = {
+  "gkd": gkd,
+  "opd_k1": opd_k1,
+}
+
+
+def create(options: Mapping[str, Any]) -> Objective:
+  """The objective `options["name"]` with its other options.
+
+  Raises:
+    InputError: unknown name, unknown option, or a value out of range.
+  """
+  options = dict(options.items())
+  name = options.pop("name")
+  if name not in OBJECTIVES:
+    near = difflib.get_close_matches(str(name), OBJECTIVES, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise InputError(
+      f"unknown objective {name!r}; known: {', '.join(sorted(OBJECTIVES))}."
+      f"{hint}"
+    )
+  module = OBJECTIVES[name]
+  config = config_lib.parse(module.Config, options, "objective.")
+  return Objective.bind(name, module, config)

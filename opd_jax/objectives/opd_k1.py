@@ -1,0 +1,146 @@
+"""Sampled-token reverse KL as a policy gradient: plain on-policy distillation.
+
+With s, t, b the log-probabilities of student, teacher and behavior of the
+drawn token, and sg the stop-gradient:
+
+  A_t    = coefficient * sg(t_t - s_t)        the advantage; b_t in place of
+                                              s_t with baseline="behavior"
+  A_t   <- sum_k discount^k A_(t+k)           only if discount > 0
+  loss_t = -exp(s_t - sg(b_t)) * A_t
+
+On policy the ratio is 1 and the loss value is the k1 estimate of
+KL(student || teacher); the gradient is REINFORCE with the per-token reward
+-(s - t), that is, discount 0 of Eq. 5-6 of arXiv 2602.12125. k1 itself is never
+differentiated: its expected gradient is 0.
+
+Source: Thinking Machines Lab, "On-Policy Distillation" (2025), tinker-cookbook
+`distillation/train_on_policy.py`.
+
+Differs: the advantage uses the current student by default (as verl and G-OPD
+do), so that after the first of several updates the gradient stays that of the
+reverse KL; baseline="behavior" is tinker's form.
+"""
+
+import dataclasses
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from opd_jax.errors import InputError
+from opd_jax.objectives import reduce
+from opd_jax.objectives.base import (
+  Needs,
+  Request,
+  Schedule,
+  Signals,
+  State,
+  Term,
+  Terms,
+)
+from opd_jax.types import Scores
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+  """Options.
+
+  Attributes:
+    coefficient: multiplies the advantage.
+    discount: weight of the next token's advantage in this one's, in [0, 1].
+    max_advantage: symmetric bound of the advantage, nats; None for off.
+    baseline: the log-probability the teacher's is compared with.
+    reduction: see `reduce.row_scale`.
+  """
+
+  coefficient: float = 1.0
+  discount: float = 0.0
+  max_advantage: float | None = None
+  baseline: Literal["student", "behavior"] = "student"
+  reduction: str = "token_mean"
+
+  def __post_init__(self):
+    if not math.isfinite(self.coefficient):
+      raise InputError(f"coefficient must be finite, got {self.coefficient}")
+    if not 0 <= self.discount <= 1:
+      raise InputError(f"discount must be in [0, 1], got {self.discount}")
+    if self.max_advantage is not None and not self.max_advantage > 0:
+      raise InputError(
+        f"max_advantage must be > 0, got {self.max_advantage}; None for off"
+      )
+    reduce.check(self.reduction)
+
+
+def needs(config: Config) -> Needs:
+  """Log-probabilities of the drawn tokens under both models."""
+  return Needs(student=Request(logprobs=True), teacher=Request(logprobs=True))
+
+
+def prepare_needs(config: Config) -> Needs:
+  """The discounted sum runs over the row: the same fields, before the terms."""
+  return needs(config) if config.discount > 0 else Needs()
+
+
+def discounted_sum(
+  values: Float[Array, "B T"], mask: Bool[Array, "B T"], discount: float
+) -> Float[Array, "B T"]:
+  """sum_(k >= 0) discount^k values_(t+k); masked positions count as 0.
+
+  The sum runs through masked positions: a gap costs powers of the discount.
+  """
+
+  def step(
+    following: Float[Array, " B"], value: Float[Array, " B"]
+  ) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
+    total = value + discount * following
+    return total, total
+
+  masked = jnp.where(mask, values, 0.0)
+  _, sums = jax.lax.scan(
+    step, jnp.zeros_like(masked[:, 0]), masked.T, reverse=True
+  )
+  return sums.T
+
+
+def _advantage(config: Config, scores: Scores) -> Float[Array, "B T"]:
+  baseline = (
+    scores.behavior_logprobs
+    if config.baseline == "behavior"
+    else scores.student.logprobs
+  )
+  return config.coefficient * jax.lax.stop_gradient(
+    scores.teacher.logprobs - baseline
+  )
+
+
+def prepare(
+  config: Config, scores: Scores, state: State, schedule: Schedule
+) -> Signals:
+  """Discounted advantages, if there is a discount."""
+  if config.discount == 0:
+    return Signals()
+  advantage = discounted_sum(
+    _advantage(config, scores), scores.loss_mask, config.discount
+  )
+  return Signals(token={"advantage": advantage})
+
+
+def terms(
+  config: Config, scores: Scores, signals: Signals
+) -> tuple[Terms, Terms]:
+  """-ratio * advantage, nats per completion token."""
+  if config.discount > 0:
+    advantage = signals.token["advantage"]
+  else:
+    advantage = _advantage(config, scores)
+  if config.max_advantage is not None:
+    advantage = jnp.clip(advantage, -config.max_advantage, config.max_advantage)
+  ratio = jnp.exp(
+    scores.student.logprobs - jax.lax.stop_gradient(scores.behavior_logprobs)
+  )
+  return (
+    {"policy": Term(-ratio * advantage, config.reduction)},
+    {"advantage": Term(advantage), "ratio": Term(ratio)},
+  )
