@@ -100,13 +100,12 @@ class Layout:
         )
       entry = None if name is None else rules[name]
       if entry is not None and shape is not None:
-        names = (entry,) if isinstance(entry, str) else entry
-        shards = math.prod(self.mesh.shape[mesh_axis] for mesh_axis in names)
+        shards = self.shards(name)
         if shape[index] % shards:
           if name not in _REPLICATED_IF_UNEVEN:
             raise InputError(
-              f"{name} = {shape[index]} is not divisible by the {shards} shards "
-              f"of mesh axes {names}; choose mesh sizes that divide it"
+              f"{name} = {shape[index]} is not divisible by the {shards} "
+              f"shards of mesh axes {entry}; choose mesh sizes that divide it"
             )
           entry = None
       entries.append(entry)
@@ -117,6 +116,12 @@ class Layout:
   ) -> NamedSharding:
     """`spec` on this mesh."""
     return NamedSharding(self.mesh, self.spec(axes, shape))
+
+  def shards(self, name: str) -> int:
+    """How many pieces a dimension with this logical name is cut into."""
+    entry = dict(self.rules)[name]
+    names = (entry,) if isinstance(entry, str) else entry or ()
+    return math.prod(self.mesh.shape[axis] for axis in names)
 
   def replicated(self) -> NamedSharding:
     """Every device holds the whole array."""

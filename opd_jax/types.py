@@ -58,6 +58,34 @@ class Rollout:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoringBatch:
+  """Rows to be scored.
+
+  Attributes:
+    prompts: the plain prompt of every row.
+    privileged: the second prompt, with what only a teacher should know.
+    tokens: completion ids, the same after either prompt.
+    lengths: completion tokens per row; models see no more than these.
+    sampled_mask: as in `Scores`.
+    loss_mask: a part of the first `lengths` tokens.
+    behavior_valid: likewise.
+    behavior_logprobs: likewise.
+    group: likewise.
+  """
+
+  prompts: PromptBatch
+  privileged: PromptBatch | None = None
+  tokens: Int[Array, "B T"]
+  lengths: Int[Array, " B"]
+  sampled_mask: Bool[Array, "B T"]
+  loss_mask: Bool[Array, "B T"]
+  behavior_valid: Bool[Array, "B T"]
+  behavior_logprobs: Float[Array, "B T"]
+  group: Int[Array, " B"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelScores:
   """What one model says of the completion, float32, at the run's temperature.
 

@@ -1,0 +1,488 @@
+"""What the models say of a completion, and the gradient of an objective in it.
+
+A model's trunk turns prompt and completion into hidden states [B, T, D], once.
+Its vocabulary head runs over chunks of T, all models' heads in the same loop,
+so that no [B, T, V] array exists. In the gradient pass each chunk is
+differentiated where it stands: the loop yields the gradient in the hidden
+states and sums the one in the head's weights, and one backward pass of the
+trunk finishes. No product of the head is computed twice.
+
+This is the only place that shifts: the state of slot P - 1 + t predicts
+completion token t.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from opd_jax import sequences
+from opd_jax.models import Model
+from opd_jax.objectives import divergences, reduce
+from opd_jax.objectives.base import (
+  ROLES,
+  Needs,
+  Objective,
+  Request,
+  Signals,
+  Terms,
+)
+from opd_jax.types import (
+  MASKED_LOGPROB,
+  ModelScores,
+  Params,
+  Scores,
+  ScoringBatch,
+)
+
+# Per role, [B, T] arrays of the log: "logprobs" of the token and "entropy" of
+# the distribution (nats), and "masked_mass" outside the shared vocabulary.
+Observed = Mapping[str, Mapping[str, Float[Array, "B T"]]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+  """An objective's value and gradient on some rows of a global batch.
+
+  Attributes:
+    losses: what the rows add to each reduced term; the loss is their sum.
+    statistics: what they add to each reduced statistic.
+    gradients: what they add to the gradient in the student's parameters.
+    observed: per token, for the log.
+  """
+
+  losses: Mapping[str, Float[Array, ""]]
+  statistics: Mapping[str, Float[Array, ""]]
+  gradients: Params
+  observed: Observed
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parameters:
+  """The weights of a step, by who holds them."""
+
+  student: Params
+  teacher: Params | None = None
+  reference: Params | None = None
+
+  def of(self, role: str) -> Params:
+    """The weights behind a role; both student roles share theirs."""
+    params = getattr(self, _PLAYER[role])
+    if params is None:
+      raise ValueError(f"this run has no {role}")
+    return params
+
+
+_PLAYER = {
+  "student": "student",
+  "student_privileged": "student",
+  "teacher": "teacher",
+  "reference": "reference",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scorer:
+  """Runs the models of a step over completions; hashable and stateless.
+
+  Attributes:
+    student: the trained model.
+    teacher: the frozen teacher, if there is one.
+    reference: the frozen reference, if there is one.
+    vocab_size: ids shared by all models and the tokenizer. Columns beyond are
+      masked in every model before the softmax.
+    temperature: divides the logits of every model.
+    chunk_tokens: tokens, per shard of the batch, whose distributions exist at
+      the same time.
+  """
+
+  student: Model
+  teacher: Model | None = None
+  reference: Model | None = None
+  vocab_size: int
+  temperature: float = 1.0
+  chunk_tokens: int = 1024
+
+  def model(self, role: str) -> Model:
+    """The model behind a role."""
+    model = getattr(self, _PLAYER[role])
+    if model is None:
+      raise ValueError(f"this run has no {role}")
+    return model
+
+  def hidden(
+    self, role: str, params: Params, batch: ScoringBatch
+  ) -> Float[Array, "B T D"]:
+    """The states that predict each completion token; 0 where no loss is."""
+    prompts = batch.prompts
+    if role == "student_privileged":
+      if batch.privileged is None:
+        raise ValueError("this batch has no privileged prompts")
+      prompts = batch.privileged
+    tokens, positions = sequences.join(prompts, batch.tokens, batch.lengths)
+    states = self.model(role).hidden(params, tokens, positions)
+    first = prompts.tokens.shape[1] - 1
+    states = states[:, first : first + batch.tokens.shape[1]]
+    return jnp.where(batch.loss_mask[:, :, None], states, 0)
+
+  def head(self, role: str, parameters: Parameters) -> Params:
+    """The weights of a role's vocabulary head."""
+    return self.model(role).split_head(parameters.of(role))[1]
+
+  def fields(
+    self,
+    needs: Needs,
+    hidden: Mapping[str, Float[Array, "B T D"]],
+    heads: Mapping[str, Params],
+    batch: ScoringBatch,
+  ) -> tuple[dict[str, ModelScores], Observed]:
+    """Scores [B, T] of the roles in `hidden`, without gradient."""
+    chunks = Chunks.of(self, batch)
+
+    def body(_: None, part: Any) -> Any:
+      states, tokens, mask = part
+      pairs = {
+        role: self._score(
+          role, getattr(needs, role), heads[role], states[role], tokens, mask
+        )
+        for role in hidden
+      }
+      scores = {role: pair[0] for role, pair in pairs.items()}
+      return None, (scores, {role: pair[1] for role, pair in pairs.items()})
+
+    parts = chunks.cut((dict(hidden), batch.tokens, batch.loss_mask))
+    _, found = jax.lax.scan(body, None, parts)
+    return jax.lax.stop_gradient(chunks.join(found))
+
+  def evaluate(
+    self,
+    objective: Objective,
+    parameters: Parameters,
+    batch: ScoringBatch,
+    counts: reduce.Counts,
+    prepare: Callable[..., tuple[Signals, Mapping[str, ModelScores]]],
+  ) -> Evaluation:
+    """Value and gradient of an objective on some rows.
+
+    Args:
+      objective: what to descend.
+      parameters: of the models; the gradient is in the student's.
+      batch: rows of a global batch.
+      counts: sizes of that global batch.
+      prepare: from the trained roles' hidden states, the signals for these
+        rows, and scores that need not be computed again, by role.
+    """
+    needs = objective.needs
+    trained_roles = needs.gradient_roles()
+    trunk, head = self.student.split_head(parameters.student)
+
+    def run(trunk: Params) -> dict[str, Float[Array, "B T D"]]:
+      return {role: self.hidden(role, trunk, batch) for role in trained_roles}
+
+    trained, backward = jax.vjp(run, trunk)
+    signals, known = prepare(jax.lax.stop_gradient(trained))
+    fixed = {
+      role: jax.lax.stop_gradient(
+        self.hidden(role, parameters.of(role), batch)
+      )
+      for role in needs.roles()
+      if role not in trained_roles and role not in known
+    }
+    loop = _GradientLoop(
+      scorer=self,
+      objective=objective,
+      batch=batch,
+      counts=counts,
+      signals=signals,
+      known=known,
+      fixed=fixed,
+      fixed_heads={role: self.head(role, parameters) for role in fixed},
+    )
+    run_loop = loop.whole_rows if needs.whole_rows else loop.pointwise
+    (losses, statistics, observed), (in_states, in_head) = run_loop(
+      trained, head
+    )
+    (in_trunk,) = backward(in_states)
+    return Evaluation(
+      losses=losses,
+      statistics=statistics,
+      gradients=add_trees(in_trunk, in_head),
+      observed=observed,
+    )
+
+  def _score(
+    self,
+    role: str,
+    request: Request,
+    head: Params,
+    states: Float[Array, "B C D"],
+    tokens: Int[Array, "B C"],
+    mask: Bool[Array, "B C"],
+  ) -> tuple[ModelScores, dict[str, Float[Array, "B C"]]]:
+    """One model's scores of a chunk, as requested, and what the log sees."""
+    logprobs, masked_mass = self._distribution(role, head, states)
+    columns = jnp.arange(logprobs.shape[-1], dtype=tokens.dtype)
+    drawn = columns == tokens[:, :, None]
+    token_logprobs = jnp.where(
+      mask, jnp.sum(jnp.where(drawn, logprobs, 0.0), axis=-1), 0.0
+    )
+    entropy_source = (
+      logprobs
+      if request.entropy_gradient
+      else jax.lax.stop_gradient(logprobs)
+    )
+    entropy = jnp.where(mask, divergences.entropy(entropy_source), 0.0)
+    scores = ModelScores(
+      logprobs=token_logprobs if request.logprobs else None,
+      entropy=entropy if request.entropy else None,
+      vocab_logprobs=logprobs if request.vocab_logprobs else None,
+    )
+    observed = {"logprobs": token_logprobs, "entropy": entropy}
+    if masked_mass is not None:
+      observed["masked_mass"] = jnp.where(mask, masked_mass, 0.0)
+    return scores, jax.lax.stop_gradient(observed)
+
+  def _distribution(
+    self, role: str, head: Params, states: Float[Array, "B C D"]
+  ) -> tuple[Float[Array, "B C V"], Float[Array, "B C"] | None]:
+    """Log-softmax over the shared ids, and the mass that lay outside them."""
+    model = self.model(role)
+    logits = model.logits(head, states) / self.temperature
+    width = min(
+      player.config.padded_vocab_size
+      for player in (self.student, self.teacher, self.reference)
+      if player is not None
+    )
+    shared = logits[..., :width]
+    valid = jnp.arange(width) < self.vocab_size
+    normalizer = jax.nn.logsumexp(
+      jnp.where(valid, shared, MASKED_LOGPROB), axis=-1, keepdims=True
+    )
+    logprobs = jnp.where(valid, shared - normalizer, MASKED_LOGPROB)
+    if model.config.vocab_size <= self.vocab_size:
+      return logprobs, None
+    whole = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    return logprobs, -jnp.expm1(normalizer - whole)[..., 0]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chunks:
+  """How the T axis of [B, T, ...] arrays is cut for a scan."""
+
+  scorer: Scorer
+  rows: int
+  length: int
+  count: int
+  size: int
+
+  @classmethod
+  def of(cls, scorer: Scorer, batch: ScoringBatch) -> "Chunks":
+    """Equal chunks of about `chunk_tokens` tokens per shard of the batch."""
+    rows, length = batch.tokens.shape
+    shards = scorer.student.layout.shards("batch")
+    size = scorer.chunk_tokens // max(1, rows // shards)
+    count = math.ceil(length / min(max(size, 1), length))
+    return cls(
+      scorer=scorer,
+      rows=rows,
+      length=length,
+      count=count,
+      size=math.ceil(length / count),
+    )
+
+  def cut(self, tree: Any) -> Any:
+    """[B, T, ...] -> [chunks, B, C, ...], padded with 0 behind T."""
+
+    def leaf(array: Array) -> Array:
+      behind = self.count * self.size - self.length
+      padding = [(0, 0), (0, behind)] + [(0, 0)] * (array.ndim - 2)
+      array = jnp.pad(array, padding)
+      shape = (self.rows, self.count, self.size, *array.shape[2:])
+      array = array.reshape(shape).swapaxes(0, 1)
+      axes = (None, "batch") + (None,) * (array.ndim - 2)
+      return self.scorer.student.layout.constrain(array, axes)
+
+    return jax.tree.map(leaf, tree)
+
+  def join(self, tree: Any) -> Any:
+    """The inverse of `cut`."""
+
+    def leaf(array: Array) -> Array:
+      shape = (self.rows, self.count * self.size, *array.shape[3:])
+      return array.swapaxes(0, 1).reshape(shape)[:, : self.length]
+
+    return jax.tree.map(leaf, tree)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _GradientLoop:
+  """The loop over chunks that differentiates an objective."""
+
+  scorer: Scorer
+  objective: Objective
+  batch: ScoringBatch
+  counts: reduce.Counts
+  signals: Signals
+  known: Mapping[str, ModelScores]
+  fixed: Mapping[str, Float[Array, "B T D"]]
+  fixed_heads: Mapping[str, Params]
+
+  def pointwise(self, trained: Any, head: Params) -> Any:
+    """Terms of each chunk, differentiated where it stands."""
+
+    def chunk_loss(states: Any, head: Params, part: Any) -> Any:
+      scores, observed = self._chunk_scores(states, head, part)
+      signals = dataclasses.replace(self.signals, token=part["signals"])
+      bundle = bundle_scores(part["batch"], {**part["known"], **scores})
+      loss, losses, statistics = self._reduce(
+        *self.objective.terms(bundle, signals), bundle.loss_mask
+      )
+      return loss, ((losses, statistics), observed)
+
+    (sums, observed), gradients = self._differentiate(chunk_loss, trained, head)
+    losses, statistics = jax.tree.map(jnp.sum, sums)
+    return (losses, statistics, observed), gradients
+
+  def whole_rows(self, trained: Any, head: Params) -> Any:
+    """Terms of whole rows: their gradient in the fields comes first."""
+    needs = self.objective.needs
+    heads = {**self.fixed_heads, **{role: head for role in trained}}
+    fields, _ = self.scorer.fields(
+      needs, {**self.fixed, **trained}, heads, self.batch
+    )
+    others = {role: fields[role] for role in self.fixed}
+
+    def rows_loss(trained_fields: Mapping[str, ModelScores]) -> Any:
+      bundle = bundle_scores(
+        self.batch, {**self.known, **others, **trained_fields}
+      )
+      loss, losses, statistics = self._reduce(
+        *self.objective.terms(bundle, self.signals), bundle.loss_mask
+      )
+      return loss, (losses, statistics)
+
+    (_, (losses, statistics)), slopes = jax.value_and_grad(
+      rows_loss, has_aux=True
+    )({role: fields[role] for role in trained})
+
+    def chunk_loss(states: Any, head: Params, part: Any) -> Any:
+      scores, observed = self._chunk_scores(states, head, part)
+      products = jax.tree.map(
+        lambda slope, field: jnp.sum(slope * field),
+        part["slopes"],
+        {role: scores[role] for role in part["slopes"]},
+      )
+      return sum(jax.tree.leaves(products)), ((), observed)
+
+    (_, observed), gradients = self._differentiate(
+      chunk_loss, trained, head, slopes=slopes
+    )
+    return (losses, statistics, observed), gradients
+
+  def _chunk_scores(self, states: Any, head: Params, part: Any) -> Any:
+    """Scores of all roles that are run on a chunk, and what the log sees."""
+    scores, observed = {}, {}
+    for role, chunk in {**part["fixed"], **states}.items():
+      scores[role], observed[role] = self.scorer._score(
+        role,
+        getattr(self.objective.needs, role),
+        head if role in states else self.fixed_heads[role],
+        chunk,
+        part["batch"].tokens,
+        part["batch"].loss_mask,
+      )
+    return scores, observed
+
+  def _reduce(
+    self, terms: Terms, statistics: Terms, mask: Bool[Array, "B C"]
+  ) -> Any:
+    def total(name: str, term: Any) -> Float[Array, ""]:
+      if term.loss.ndim == 1 and not self.objective.needs.whole_rows:
+        raise ValueError(
+          f"term {name!r} of {self.objective.name} has shape [B], which needs "
+          "whole_rows=True: without it terms are computed by chunks of T"
+        )
+      return reduce.partial_sum(term, mask, self.counts, self.signals)
+
+    losses = {name: total(name, term) for name, term in terms.items()}
+    means = {name: total(name, term) for name, term in statistics.items()}
+    return sum(losses.values()), losses, jax.lax.stop_gradient(means)
+
+  def _differentiate(
+    self, chunk_loss: Any, trained: Any, head: Params, **extra: Any
+  ) -> Any:
+    """Scans `chunk_loss`; gradients in the trained states and in the head."""
+    chunks = Chunks.of(self.scorer, self.batch)
+    by_token = chunks.cut(
+      {
+        "trained": trained,
+        "fixed": dict(self.fixed),
+        "known": dict(self.known),
+        "signals": dict(self.signals.token),
+        "batch": _token_fields(self.batch),
+        **extra,
+      }
+    )
+
+    def body(head_gradient: Params, part: Any) -> Any:
+      part = dict(part)
+      part["batch"] = dataclasses.replace(self.batch, **part["batch"])
+      states = part.pop("trained")
+      (_, aux), (in_states, in_head) = jax.value_and_grad(
+        chunk_loss, argnums=(0, 1), has_aux=True
+      )(states, head, part)
+      in_head = jax.tree.map(
+        lambda total, part: total + part.astype(jnp.float32),
+        head_gradient,
+        in_head,
+      )
+      return in_head, (in_states, aux)
+
+    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), head)
+    in_head, (in_states, (sums, observed)) = jax.lax.scan(body, zero, by_token)
+    return (sums, chunks.join(observed)), (chunks.join(in_states), in_head)
+
+
+def bundle_scores(
+  batch: ScoringBatch, scores: Mapping[str, ModelScores]
+) -> Scores:
+  """The objective's view of some tokens; absent roles hold no field."""
+  return Scores(
+    tokens=batch.tokens,
+    sampled_mask=batch.sampled_mask,
+    loss_mask=batch.loss_mask,
+    behavior_valid=batch.behavior_valid,
+    behavior_logprobs=jnp.where(batch.loss_mask, batch.behavior_logprobs, 0.0),
+    group=batch.group,
+    **{role: scores.get(role, ModelScores()) for role in ROLES},
+  )
+
+
+def add_trees(left: Params, right: Params) -> Params:
+  """Sum of two nested dicts; a key in one of them only is kept as it is."""
+  total = dict(left)
+  for key, value in right.items():
+    if key not in total:
+      total[key] = value
+    elif isinstance(value, Mapping):
+      total[key] = add_trees(total[key], value)
+    else:
+      total[key] = total[key] + value
+  return total
+
+
+def _token_fields(batch: ScoringBatch) -> dict[str, Array]:
+  names = (
+    "tokens",
+    "sampled_mask",
+    "loss_mask",
+    "behavior_valid",
+    "behavior_logprobs",
+  )
+  return {name: getattr(batch, name) for name in names}
