@@ -25,9 +25,7 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
   return optax.join_schedules([warmup, body], [config.warmup_steps])
 
 
-def build(
-  config: OptimizerConfig, steps: int
-) -> optax.GradientTransformation:
+def build(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
   """Global-norm clipping, then AdamW; decay for matrices only."""
 
   def decayed(params: Params) -> Any:

@@ -160,13 +160,41 @@ class Scorer:
     _, found = jax.lax.scan(body, None, parts)
     return jax.lax.stop_gradient(chunks.join(found))
 
+  def prepare_fields(
+    self,
+    objective: Objective,
+    parameters: Parameters,
+    batch: ScoringBatch,
+    states: Mapping[str, Float[Array, "B T D"]] | None = None,
+  ) -> tuple[dict[str, ModelScores], Observed]:
+    """What an objective's `prepare` reads of some rows, without gradient.
+
+    Args:
+      objective: whose `prepare_needs` are met.
+      parameters: of the models.
+      batch: the rows.
+      states: hidden states that exist already, by role.
+    """
+    states = dict(states or {})
+    roles = objective.prepare_needs.roles()
+    for role in roles:
+      if role not in states:
+        states[role] = self.hidden(role, parameters.of(role), batch)
+    return self.fields(
+      objective.prepare_needs,
+      {role: states[role] for role in roles},
+      {role: self.head(role, parameters) for role in roles},
+      batch,
+    )
+
   def evaluate(
     self,
     objective: Objective,
     parameters: Parameters,
     batch: ScoringBatch,
     counts: reduce.Counts,
-    prepare: Callable[..., tuple[Signals, Mapping[str, ModelScores]]],
+    prepare: Callable[[Mapping[str, ModelScores]], Signals],
+    found: tuple[Mapping[str, ModelScores], Observed] | None = None,
   ) -> Evaluation:
     """Value and gradient of an objective on some rows.
 
@@ -175,45 +203,55 @@ class Scorer:
       parameters: of the models; the gradient is in the student's.
       batch: rows of a global batch.
       counts: sizes of that global batch.
-      prepare: from the trained roles' hidden states, the signals for these
-        rows, and scores that need not be computed again, by role.
+      prepare: the signals for these rows, from the result of `prepare_fields`.
+      found: that result, if an earlier pass over the global batch made it;
+        None makes it from the states of this pass.
     """
-    needs = objective.needs
-    trained_roles = needs.gradient_roles()
     trunk, head = self.student.split_head(parameters.student)
+    trained_roles = objective.needs.gradient_roles()
 
     def run(trunk: Params) -> dict[str, Float[Array, "B T D"]]:
       return {role: self.hidden(role, trunk, batch) for role in trained_roles}
 
     trained, backward = jax.vjp(run, trunk)
-    signals, known = prepare(jax.lax.stop_gradient(trained))
+    states = jax.lax.stop_gradient(trained)
+    later = [role for role in objective.needs.roles() if role not in states]
+    if found is None:
+      for role in (*objective.prepare_needs.roles(), *later):
+        if role not in states:
+          states[role] = self.hidden(role, parameters.of(role), batch)
+      found = self.prepare_fields(objective, parameters, batch, states)
+    fields, observed = found
+    known = {
+      role: fields[role]
+      for role in later
+      if role in fields and objective.prepare_covers(role)
+    }
     fixed = {
-      role: jax.lax.stop_gradient(
-        self.hidden(role, parameters.of(role), batch)
-      )
-      for role in needs.roles()
-      if role not in trained_roles and role not in known
+      role: states[role]
+      if role in states
+      else self.hidden(role, parameters.of(role), batch)
+      for role in later
+      if role not in known
     }
     loop = _GradientLoop(
       scorer=self,
       objective=objective,
       batch=batch,
       counts=counts,
-      signals=signals,
+      signals=prepare(fields),
       known=known,
       fixed=fixed,
       fixed_heads={role: self.head(role, parameters) for role in fixed},
     )
-    run_loop = loop.whole_rows if needs.whole_rows else loop.pointwise
-    (losses, statistics, observed), (in_states, in_head) = run_loop(
-      trained, head
-    )
+    run_loop = loop.whole_rows if objective.needs.whole_rows else loop.pointwise
+    (losses, statistics, seen), (in_states, in_head) = run_loop(trained, head)
     (in_trunk,) = backward(in_states)
     return Evaluation(
       losses=losses,
       statistics=statistics,
       gradients=add_trees(in_trunk, in_head),
-      observed=observed,
+      observed={**observed, **seen},
     )
 
   def _score(
@@ -233,9 +271,7 @@ class Scorer:
       mask, jnp.sum(jnp.where(drawn, logprobs, 0.0), axis=-1), 0.0
     )
     entropy_source = (
-      logprobs
-      if request.entropy_gradient
-      else jax.lax.stop_gradient(logprobs)
+      logprobs if request.entropy_gradient else jax.lax.stop_gradient(logprobs)
     )
     entropy = jnp.where(mask, divergences.entropy(entropy_source), 0.0)
     scores = ModelScores(

@@ -37,6 +37,20 @@ class PromptBatch:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class StepInputs:
+  """What the host hands to a step.
+
+  Attributes:
+    prompts: the student's.
+    privileged: second prompts with what only a teacher should know.
+  """
+
+  prompts: PromptBatch
+  privileged: PromptBatch | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Rollout:
   """Completions drawn for prompts, row b * G + g being rollout g of prompt b.
 

@@ -217,6 +217,16 @@ class Objective:
       update_state_fn=getattr(module, "update_state", _same_state),
     )
 
+  def prepare_covers(self, role: str) -> bool:
+    """Whether all `terms` reads of a frozen role, `prepare` has read before."""
+    before = getattr(self.prepare_needs, role)
+    after = getattr(self.needs, role)
+    return (
+      not after.vocab_logprobs
+      and before.logprobs >= after.logprobs
+      and before.entropy >= after.entropy
+    )
+
   def terms(self, scores: Scores, signals: Signals) -> tuple[Terms, Terms]:
     """Losses and statistics of a part of the batch, unreduced."""
     return self.terms_fn(self.config, scores, signals)
