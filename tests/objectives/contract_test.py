@@ -1,0 +1,129 @@
+"""What every objective must satisfy, whatever it computes.
+
+Registered objectives are taken from the registry, so a new one is tested by
+being there; the toys use every part of the contract.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from opd_jax import objectives
+from opd_jax.objectives import base, reduce
+from tests.objectives import support, toys
+
+ROWS, LENGTH, VOCAB = 4, 6, 7
+
+
+def _objective(name):
+  if name in toys.TOYS:
+    return toys.bind(name)
+  return objectives.create({"name": name})
+
+
+NAMES = (*sorted(objectives.OBJECTIVES), *toys.TOYS)
+pytestmark = pytest.mark.parametrize("name", NAMES)
+
+
+def _case(seed=0):
+  keys = jax.random.split(jax.random.key(seed), 7)
+  logits = {
+    role: jax.random.normal(key, (ROWS, LENGTH, VOCAB))
+    for role, key in zip(base.ROLES, keys[:4], strict=True)
+  }
+  tokens = jax.random.randint(keys[4], (ROWS, LENGTH), 0, VOCAB, jnp.int32)
+  lengths = jnp.array([6, 3, 0, 5])
+  mask = jnp.arange(LENGTH)[None, :] < lengths[:, None]
+  behavior = support.token_logprobs(logits["student"], tokens)
+  noise = 0.1 * jax.random.normal(keys[5], behavior.shape)
+  return logits, tokens, mask, jnp.where(mask, behavior + noise, 0.0)
+
+
+def _loss(name, case):
+  logits, tokens, mask, behavior = case
+  return support.loss_of(_objective(name), logits, tokens, mask, behavior)[0]
+
+
+def _gradients(name, case):
+  logits, *rest = case
+  return jax.jit(
+    jax.grad(lambda by_role: _loss(name, (by_role, *rest)))
+  )(logits)
+
+
+def test_descends_and_only_the_student_moves(name):
+  gradients = _gradients(name, _case())
+  trained = _objective(name).needs.gradient_roles()
+  assert trained
+  for role, gradient in gradients.items():
+    assert np.all(np.isfinite(gradient)), role
+    assert bool(jnp.any(gradient != 0)) == (role in trained), role
+
+
+def test_nothing_behind_the_mask_counts(name):
+  case = logits, tokens, mask, behavior = _case()
+  noisy = {
+    role: jnp.where(mask[..., None], leaf, jnp.nan)
+    for role, leaf in logits.items()
+  }
+  other = (noisy, jnp.where(mask, tokens, VOCAB - 1), mask, behavior)
+  np.testing.assert_array_equal(_loss(name, case), _loss(name, other))
+  for role, gradient in _gradients(name, other).items():
+    np.testing.assert_array_equal(
+      jnp.where(mask[..., None], 0.0, gradient), 0.0, err_msg=role
+    )
+
+
+def test_an_empty_batch_is_zero(name):
+  logits, tokens, mask, behavior = _case()
+  case = (logits, tokens, jnp.zeros_like(mask), jnp.zeros_like(behavior))
+  assert _loss(name, case) == 0.0
+  for gradient in _gradients(name, case).values():
+    np.testing.assert_array_equal(gradient, 0.0)
+
+
+def test_order_of_rows_does_not_matter(name):
+  case = logits, tokens, mask, behavior = _case()
+  order = jnp.array([2, 0, 3, 1])
+  shuffled = (
+    {role: leaf[order] for role, leaf in logits.items()},
+    tokens[order],
+    mask[order],
+    behavior[order],
+  )
+  np.testing.assert_allclose(
+    _loss(name, case), _loss(name, shuffled), rtol=1e-6, atol=1e-6
+  )
+
+
+def test_chunks_of_time_add_up(name):
+  objective = _objective(name)
+  if objective.needs.whole_rows:
+    pytest.skip("takes whole rows by declaration")
+  logits, tokens, mask, behavior = _case()
+  before = support.scores_of(
+    objective.prepare_needs, logits, tokens, mask, behavior
+  )
+  schedule = base.Schedule(step=jnp.int32(3), progress=jnp.float32(0.3))
+  signals = objective.prepare(before, objective.init_state(), schedule)
+  scores = support.scores_of(objective.needs, logits, tokens, mask, behavior)
+  counts = reduce.Counts.of(mask)
+
+  def total(start, stop):
+    def cut(leaf):
+      return leaf[:, start:stop] if leaf.ndim >= 2 else leaf
+
+    part = jax.tree.map(cut, scores)
+    some = dataclasses.replace(signals, token=jax.tree.map(cut, signals.token))
+    terms, _ = objective.terms(part, some)
+    return sum(
+      reduce.partial_sum(term, cut(mask), counts, signals)
+      for term in terms.values()
+    )
+
+  np.testing.assert_allclose(
+    total(0, LENGTH), total(0, 2) + total(2, 5) + total(5, LENGTH), atol=1e-6
+  )

@@ -1,0 +1,81 @@
+"""gkd: worked numbers, closed-form gradients, and the ends of beta."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from opd_jax import objectives
+from opd_jax.errors import InputError
+from opd_jax.objectives import divergences
+from tests.objectives import support
+
+
+def _create(**options):
+  return objectives.create({"name": "gkd", **options})
+
+
+@pytest.mark.parametrize(
+  ("beta", "token_mean", "seq_mean"),
+  [
+    (0.0, 0.396982, 0.348290),
+    (1.0, 0.587683, 0.506322),
+    (0.1, 0.034713, 0.030479),
+    (0.5, 0.097011, 0.085008),
+    (0.9, 0.043332, 0.037599),
+  ],
+)
+def test_worked_numbers(beta, token_mean, seq_mean):
+  np.testing.assert_allclose(
+    support.fixture_loss(_create(beta=beta)), token_mean, atol=1e-5
+  )
+  np.testing.assert_allclose(
+    support.fixture_loss(
+      _create(beta=beta, reduction="seq_mean_token_mean")
+    ),
+    seq_mean,
+    atol=1e-5,
+  )
+
+
+@pytest.mark.parametrize(
+  ("beta", "expected"),
+  [
+    (0.0, [-0.520723, 0.691473, -0.191563, 0.020813]),
+    (1.0, [-0.405783, 0.907196, -0.149279, -0.352134]),
+    (0.1, [-0.039000, 0.054018, -0.014347, -0.000671]),
+    (0.5, [-0.077991, 0.126039, -0.028691, -0.019357]),
+    (0.9, [-0.029241, 0.058153, -0.010757, -0.018156]),
+  ],
+)
+def test_gradient(beta, expected):
+  objective = _create(beta=beta)
+  gradient = jax.grad(lambda z: support.fixture_loss(objective, z))(
+    support.STUDENT_LOGITS
+  )
+  np.testing.assert_allclose(5 * gradient[0, 2], expected, atol=1e-5)
+  np.testing.assert_array_equal(gradient[1, 2], np.zeros(4))
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_equal_models_have_no_loss_and_no_gradient(beta):
+  logprobs = jax.nn.log_softmax(support.TEACHER_LOGITS, axis=-1)
+
+  def total(logits):
+    student = jax.nn.log_softmax(logits, axis=-1)
+    return jnp.sum(divergences.generalized_jsd(student, logprobs, beta))
+
+  value, gradient = jax.value_and_grad(total)(support.TEACHER_LOGITS)
+  np.testing.assert_allclose(value, 0.0, atol=1e-6)
+  np.testing.assert_allclose(gradient, 0.0, atol=1e-6)
+
+
+@pytest.mark.parametrize("beta", [-0.1, 1.1])
+def test_beta_outside_the_unit_interval(beta):
+  with pytest.raises(InputError, match=f"beta must be in .0, 1., got {beta}"):
+    _create(beta=beta)
+
+
+def test_unknown_objective_lists_the_known():
+  with pytest.raises(InputError, match="known: gkd, opd_k1"):
+    objectives.create({"name": "gdk"})

@@ -1,0 +1,107 @@
+"""Scores made from logits, and objectives evaluated on them directly.
+
+The engine's own path (micro-batches, chunks, trunk and head) is not used here,
+so that it can be compared with this one.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from opd_jax.objectives import base, divergences, reduce
+from opd_jax.types import ModelScores, Scores
+
+# The fixture of the objective specifications: B = 2, T = 3, V = 4; the last
+# token of row 1 is padding.
+STUDENT_LOGITS = np.array(
+  [
+    [[1.0, 0.5, -0.5, 0.0], [0.2, -0.3, 1.5, 0.1], [0.0, 2.0, -1.0, 0.5]],
+    [[0.3, 0.3, 0.3, 0.3], [-1.0, 0.0, 1.0, 2.0], [0.7, -0.2, 0.4, -1.1]],
+  ],
+  np.float32,
+)
+TEACHER_LOGITS = np.array(
+  [
+    [[2.0, 0.0, -1.0, 0.5], [-0.5, 0.5, 2.5, 0.0], [1.5, -2.0, 0.5, 0.0]],
+    [[0.1, 0.9, -0.4, 0.6], [-0.5, 0.6, 0.4, 1.5], [0.1, 0.0, -0.1, 0.2]],
+  ],
+  np.float32,
+)
+TOKENS = np.array([[0, 2, 1], [3, 3, 0]], np.int32)
+MASK = np.array([[1, 1, 1], [1, 1, 0]], bool)
+BEHAVIOR_SHIFT = np.array([[0.05, -0.10, 0.20], [0.0, -0.30, 0.0]], np.float32)
+
+
+def token_logprobs(logits, tokens):
+  logprobs = jax.nn.log_softmax(logits, axis=-1)
+  return jnp.take_along_axis(logprobs, tokens[..., None], axis=-1)[..., 0]
+
+
+def model_scores(logits, tokens, mask, request):
+  """What scoring gives: masked slots hold 0."""
+  logprobs = jax.nn.log_softmax(
+    jnp.where(mask[..., None], logits, jnp.zeros((), logits.dtype)), axis=-1
+  )
+  entropy = divergences.entropy(
+    logprobs
+    if request.entropy_gradient
+    else jax.lax.stop_gradient(logprobs)
+  )
+  drawn = jnp.take_along_axis(logprobs, tokens[..., None], axis=-1)[..., 0]
+  zero = jnp.zeros((), drawn.dtype)
+  return ModelScores(
+    logprobs=jnp.where(mask, drawn, zero) if request.logprobs else None,
+    entropy=jnp.where(mask, entropy, zero) if request.entropy else None,
+    vocab_logprobs=logprobs if request.vocab_logprobs else None,
+  )
+
+
+def scores_of(needs, logits, tokens, mask, behavior_logprobs):
+  """Scores from a dict of logits by role."""
+  empty = ModelScores()
+  return Scores(
+    tokens=tokens,
+    sampled_mask=mask,
+    loss_mask=mask,
+    behavior_valid=mask,
+    behavior_logprobs=behavior_logprobs,
+    group=jnp.arange(tokens.shape[0], dtype=jnp.int32),
+    **{
+      role: model_scores(logits[role], tokens, mask, getattr(needs, role))
+      if getattr(needs, role)
+      else empty
+      for role in base.ROLES
+    },
+  )
+
+
+def loss_of(
+  objective, logits, tokens, mask, behavior_logprobs, state=None, step=0
+):
+  """The reduced loss of a whole batch, and the terms by name."""
+  schedule = base.Schedule(
+    step=jnp.asarray(step, jnp.int32), progress=jnp.asarray(step / 10.0)
+  )
+  before = scores_of(
+    objective.prepare_needs, logits, tokens, mask, behavior_logprobs
+  )
+  signals = objective.prepare(
+    before, objective.init_state() if state is None else state, schedule
+  )
+  scores = scores_of(objective.needs, logits, tokens, mask, behavior_logprobs)
+  terms, _ = objective.terms(scores, signals)
+  counts = reduce.Counts.of(jnp.asarray(mask))
+  losses = {
+    name: reduce.partial_sum(term, mask, counts, signals)
+    for name, term in terms.items()
+  }
+  return sum(losses.values()), losses
+
+
+def fixture_loss(objective, student=STUDENT_LOGITS, shift=BEHAVIOR_SHIFT):
+  """The loss on the fixture as a function of the student's logits."""
+  behavior = token_logprobs(STUDENT_LOGITS, TOKENS) + shift
+  logits = {role: TEACHER_LOGITS for role in base.ROLES}
+  return loss_of(
+    objective, {**logits, "student": student}, TOKENS, MASK, behavior
+  )[0]
