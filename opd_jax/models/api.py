@@ -1,0 +1,274 @@
+"""A language model as pure functions of its weights."""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from opd_jax.models import layers, rope, transformer
+from opd_jax.models.cache import CACHE_AXES, KVCache
+from opd_jax.models.config import ModelConfig
+from opd_jax.sharding import Axes, Layout
+from opd_jax.types import MASKED_LOGPROB, Params
+
+_HEAD = "lm_head"
+
+_REMAT_POLICIES = {
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """Everything about a model but its weights; hashable, so it may be static.
+
+  A token in slot s of a row attends to a slot of the same row iff that slot's
+  position is >= 0 and <= its own. Position -1 marks an empty slot: nothing
+  sees it, and what comes out of it is finite and means nothing.
+
+  Attributes:
+    config: sizes and variants.
+    layout: where weights and activations are placed.
+    compute_dtype: "float32" or "bfloat16", of activations and of weights where
+      they are used; norms, rotations, softmax and logits are float32 in both.
+    remat: what the backward pass recomputes of each block: "none" nothing,
+      "full" all of it, "dots" all but the products with weights.
+  """
+
+  config: ModelConfig
+  layout: Layout
+  compute_dtype: str = "float32"
+  remat: str = "none"
+
+  def logical_axes(self) -> Params:
+    """A tuple of logical axis names per weight."""
+    return transformer.axes(self.config)
+
+  def abstract_params(self, dtype: str = "float32") -> Params:
+    """A `ShapeDtypeStruct` with its sharding per weight.
+
+    Raises:
+      InputError: the mesh does not divide a dimension.
+    """
+    shapes = transformer.shapes(self.config)
+    shardings = self.layout.tree_shardings(self.logical_axes(), shapes)
+    return jax.tree.map(
+      lambda leaf, sharding: jax.ShapeDtypeStruct(
+        leaf.shape, dtype, sharding=sharding
+      ),
+      shapes,
+      shardings,
+    )
+
+  def init(self, key: PRNGKeyArray, dtype: str = "float32") -> Params:
+    """Random weights, made in their places; the key fixes every value."""
+    abstract = self.abstract_params(dtype)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+    def make(key: PRNGKeyArray) -> Params:
+      params = transformer.init(self.config, key)
+      return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+
+    return jax.jit(make, out_shardings=shardings)(key)
+
+  def split_head(self, params: Params) -> tuple[Params, Params]:
+    """What `hidden` reads, and what `logits` reads.
+
+    With tied embeddings the embedding is in both.
+    """
+    head = "embed" if self.config.tie_embeddings else _HEAD
+    trunk = {name: part for name, part in params.items() if name != _HEAD}
+    return trunk, {head: params[head]}
+
+  def hidden(
+    self,
+    params: Params,
+    tokens: Int[Array, "B S"],
+    positions: Int[Array, "B S"],
+  ) -> Float[Array, "B S D"]:
+    """Hidden states behind the final norm, in the compute dtype."""
+    x, _ = self._forward(params, tokens, positions, keep_cache=False)
+    return self._rows(self._part(params, "final_norm")(x))
+
+  def logits(
+    self, params: Params, hidden: Float[Array, "... D"]
+  ) -> Float[Array, "... V"]:
+    """Next-token logits, float32, over the padded vocabulary.
+
+    Columns that are no id of the model hold `MASKED_LOGPROB` and carry no
+    gradient.
+    """
+    name = "embed" if self.config.tie_embeddings else _HEAD
+    scores = self._part(params, name).scores(hidden.astype(self.compute_dtype))
+    real = jnp.arange(scores.shape[-1]) < self.config.vocab_size
+    return self._rows(jnp.where(real, scores, MASKED_LOGPROB), "vocab")
+
+  def init_cache(self, batch: int, slots: int) -> KVCache:
+    """An empty cache."""
+    config = self.config
+    shape = (
+      config.num_layers,
+      batch,
+      slots,
+      config.num_kv_heads,
+      config.head_size,
+    )
+    return self._place_cache(
+      KVCache(
+        keys=jnp.zeros(shape, self.compute_dtype),
+        values=jnp.zeros(shape, self.compute_dtype),
+        positions=jnp.full((batch, slots), -1, jnp.int32),
+      )
+    )
+
+  def prefill(
+    self,
+    params: Params,
+    tokens: Int[Array, "B P"],
+    positions: Int[Array, "B P"],
+    slots: int,
+  ) -> tuple[Float[Array, "B D"], KVCache]:
+    """Runs right-aligned prompts and keeps their keys and values.
+
+    Args:
+      params: weights.
+      tokens: `sequences.right_align`ed ids, so that slot P - 1 holds the last
+        id of every prompt.
+      positions: of the ids; -1 in the empty slots before them.
+      slots: S >= P, of the cache.
+
+    Returns:
+      The hidden state of slot P - 1 behind the final norm, and the cache with
+      its first P slots written.
+    """
+    x, (keys, values) = self._forward(params, tokens, positions, True)
+    free = slots - tokens.shape[1]
+    padding = ((0, 0), (0, 0), (0, free), (0, 0), (0, 0))
+    cache = KVCache(
+      keys=jnp.pad(keys, padding),
+      values=jnp.pad(values, padding),
+      positions=jnp.pad(positions, ((0, 0), (0, free)), constant_values=-1),
+    )
+    last = self._part(params, "final_norm")(x[:, -1])
+    return self._rows(last), self._place_cache(cache)
+
+  def decode(
+    self,
+    params: Params,
+    cache: KVCache,
+    tokens: Int[Array, " B"],
+    positions: Int[Array, " B"],
+    slot: Int[Array, ""] | int,
+  ) -> tuple[Float[Array, "B D"], KVCache]:
+    """Runs one token per row, seeing the cache and itself.
+
+    Args:
+      params: weights.
+      cache: what came before.
+      tokens: ids.
+      positions: of the ids; -1 for a row whose token nothing may see.
+      slot: where all rows write their keys and values.
+
+    Returns:
+      Hidden states behind the final norm, and the cache with the slot written.
+    """
+    config = self.config
+    seen = jax.lax.dynamic_update_slice(
+      cache.positions, positions[:, None].astype(jnp.int32), (0, slot)
+    )
+    visible = _visible(positions[:, None], seen)
+    turn = rope.angles(config.rope, config.head_size, positions[:, None])
+    x = self._embed(params, tokens[:, None])
+
+    def step(carry, scanned):
+      x, keys, values = carry
+      weights, layer = scanned
+      block = self._part({transformer.STACKED: weights}, transformer.STACKED)
+      query, (key, value) = block.attention.project(
+        block.attention_norm(x), *turn
+      )
+      start = (layer, 0, slot, 0, 0)
+      keys = jax.lax.dynamic_update_slice(keys, key[None], start)
+      values = jax.lax.dynamic_update_slice(values, value[None], start)
+      here = functools.partial(
+        jax.lax.dynamic_index_in_dim, index=layer, keepdims=False
+      )
+      mixed = layers.attend(query, here(keys), here(values), visible)
+      return (self._rows(block.finish(x, mixed)), keys, values), None
+
+    scanned = (params[transformer.STACKED], jnp.arange(config.num_layers))
+    (x, keys, values), _ = jax.lax.scan(
+      step, (x, cache.keys, cache.values), scanned
+    )
+    x = self._part(params, "final_norm")(x[:, 0])
+    cache = KVCache(keys=keys, values=values, positions=seen)
+    return self._rows(x), self._place_cache(cache)
+
+  def _forward(
+    self,
+    params: Params,
+    tokens: Int[Array, "B S"],
+    positions: Int[Array, "B S"],
+    keep_cache: bool,
+  ) -> tuple[Float[Array, "B S D"], Any]:
+    """Hidden states before the final norm; keys and values `[L, B, S, M, H]`."""
+    config = self.config
+    visible = _visible(positions, positions)
+    turn = rope.angles(config.rope, config.head_size, positions)
+
+    def step(x, weights):
+      block = self._part({transformer.STACKED: weights}, transformer.STACKED)
+      query, kept = block.attention.project(block.attention_norm(x), *turn)
+      x = block.finish(x, layers.attend(query, *kept, visible))
+      return self._rows(x), kept if keep_cache else None
+
+    if self.remat != "none":
+      policy = _REMAT_POLICIES[self.remat]
+      step = jax.checkpoint(step, policy=policy, prevent_cse=False)
+    x = self._embed(params, tokens)
+    return jax.lax.scan(step, x, params[transformer.STACKED])
+
+  def _embed(
+    self, params: Params, tokens: Int[Array, "B S"]
+  ) -> Float[Array, "B S D"]:
+    table = self._part(params, "embed")
+    return self._rows(table.lookup(tokens, self.compute_dtype))
+
+  def _part(self, params: Params, name: str) -> Any:
+    return transformer.part(self.config, params, name)
+
+  def _rows(self, x: jax.Array, last: str | None = None) -> jax.Array:
+    """Places an array by its rows, and by its last dimension's name."""
+    axes = ("batch", *(None,) * (x.ndim - 2))[: x.ndim - 1]
+    return self._place(x, (*axes, last))
+
+  def _place_cache(self, cache: KVCache) -> KVCache:
+    return KVCache(
+      keys=self._place(cache.keys, CACHE_AXES),
+      values=self._place(cache.values, CACHE_AXES),
+      positions=self._place(cache.positions, ("batch", None)),
+    )
+
+  def _place(self, x: jax.Array, axes: Axes) -> jax.Array:
+    """Pins an array to its place; rows too few to spread are replicated."""
+    (entry,) = self.layout.spec(("batch",))
+    mesh_axes = (entry,) if isinstance(entry, str) else entry or ()
+    shards = math.prod(self.layout.mesh.shape[name] for name in mesh_axes)
+    fitting = tuple(
+      None if name == "batch" and size % shards else name
+      for name, size in zip(axes, x.shape, strict=True)
+    )
+    return self.layout.constrain(x, fitting)
+
+
+def _visible(
+  queries: Int[Array, "B T"], keys: Int[Array, "B S"]
+) -> Bool[Array, "B T S"]:
+  """Which slots a query may see; see `Model`."""
+  keys = keys[:, None, :]
+  return (keys >= 0) & (keys <= queries[:, :, None])

@@ -1,0 +1,383 @@
+"""Hugging Face checkpoints: names, shapes, and reading into place."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes  # noqa: F401  (numpy learns bfloat16)
+import numpy as np
+import safetensors
+
+from opd_jax.errors import InputError
+from opd_jax.models import transformer
+from opd_jax.models.api import Model
+from opd_jax.models.config import ModelConfig
+from opd_jax.types import Params
+
+CONFIG_FILE = "config.json"
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+# Parameter -> name of its tensor, {} being the layer.
+_NAMES: Mapping[str, str] = {
+  "embed.embedding": "model.embed_tokens.weight",
+  "final_norm.scale": "model.norm.weight",
+  "lm_head.embedding": "lm_head.weight",
+  "layers.attention_norm.scale": "model.layers.{}.input_layernorm.weight",
+  "layers.attention.query.kernel": "model.layers.{}.self_attn.q_proj.weight",
+  "layers.attention.query.bias": "model.layers.{}.self_attn.q_proj.bias",
+  "layers.attention.key.kernel": "model.layers.{}.self_attn.k_proj.weight",
+  "layers.attention.key.bias": "model.layers.{}.self_attn.k_proj.bias",
+  "layers.attention.value.kernel": "model.layers.{}.self_attn.v_proj.weight",
+  "layers.attention.value.bias": "model.layers.{}.self_attn.v_proj.bias",
+  "layers.attention.output.kernel": "model.layers.{}.self_attn.o_proj.weight",
+  "layers.attention.output.bias": "model.layers.{}.self_attn.o_proj.bias",
+  "layers.attention.query_norm.scale": "model.layers.{}.self_attn.q_norm.weight",
+  "layers.attention.key_norm.scale": "model.layers.{}.self_attn.k_norm.weight",
+  "layers.mlp_norm.scale": "model.layers.{}.post_attention_layernorm.weight",
+  "layers.mlp.gate.kernel": "model.layers.{}.mlp.gate_proj.weight",
+  "layers.mlp.gate.bias": "model.layers.{}.mlp.gate_proj.bias",
+  "layers.mlp.up.kernel": "model.layers.{}.mlp.up_proj.weight",
+  "layers.mlp.up.bias": "model.layers.{}.mlp.up_proj.bias",
+  "layers.mlp.down.kernel": "model.layers.{}.mlp.down_proj.weight",
+  "layers.mlp.down.bias": "model.layers.{}.mlp.down_proj.bias",
+}
+
+# Kernels that contract more than one dimension.
+_INPUT_DIMS = {"layers.attention.output.kernel": 2}
+
+# Buffers that old files hold beside the weights; computed here.
+_BUFFERS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+
+_EMBEDDING = _NAMES["embed.embedding"]
+_HEAD = _NAMES["lm_head.embedding"]
+
+_DTYPES = ("F32", "BF16", "F16")
+
+Index = tuple[slice, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tensor:
+  """One tensor of a checkpoint, and the part of a parameter it is.
+
+  A kernel `[*inputs, *outputs]` is a matrix `[outputs, inputs]` in the file;
+  other parameters keep the order of their dimensions. What has several input
+  or output dimensions here has their product there. An embedding has no
+  padding rows in the file.
+
+  Attributes:
+    name: in the file.
+    shape: in the file.
+    parameter: dotted path in the nested dict.
+    layer: index on the parameter's leading axis; None if not stacked.
+    sizes: of the parameter's dimensions, without the layers.
+    inputs: how many of them are contracted.
+  """
+
+  name: str
+  shape: tuple[int, ...]
+  parameter: str
+  layer: int | None
+  sizes: tuple[int, ...]
+  inputs: int
+
+  def from_file(self, source: Any, index: Index) -> np.ndarray:
+    """Reads a block of the parameter from a sliceable tensor of the file."""
+    bounds = [
+      part.indices(size)[:2]
+      for part, size in zip(index, self.sizes, strict=True)
+    ]
+    file_order = [*range(self.inputs, len(self.sizes)), *range(self.inputs)]
+    outer, *rest = file_order
+    if self._is_embedding:
+      start, stop = bounds[0]
+      rows = source[start : min(stop, self.shape[0])]
+      rows = np.pad(rows, ((0, stop - start - len(rows)), (0, 0)))
+      return rows[:, slice(*bounds[1])]
+    # The first dimension in the file is outermost in memory: read its range,
+    # then cut the rest.
+    width = self.shape[0] // self.sizes[outer]
+    start, stop = bounds[outer]
+    block = source[start * width : stop * width]
+    block = block.reshape(stop - start, *(self.sizes[dim] for dim in rest))
+    block = block[:, *(slice(*bounds[dim]) for dim in rest)]
+    return block.transpose(np.argsort(file_order))
+
+  def to_file(self, value: np.ndarray) -> np.ndarray:
+    """The tensor as the file holds it, from the whole parameter."""
+    if self._is_embedding:
+      return np.ascontiguousarray(value[: self.shape[0]])
+    dims = range(value.ndim)
+    value = value.transpose(*dims[self.inputs :], *dims[: self.inputs])
+    return np.ascontiguousarray(value).reshape(self.shape)
+
+  @property
+  def _is_embedding(self) -> bool:
+    return self.parameter.endswith(".embedding")
+
+
+def tensors(config: ModelConfig) -> list[Tensor]:
+  """Every tensor of a checkpoint of this model, parameter after parameter."""
+  leaves, _ = jax.tree.flatten_with_path(transformer.shapes(config))
+  found = []
+  for path, leaf in leaves:
+    parameter = ".".join(key.key for key in path)
+    stacked = parameter.startswith(f"{transformer.STACKED}.")
+    sizes = leaf.shape[1:] if stacked else leaf.shape
+    inputs = 0
+    if parameter.endswith(".kernel"):
+      inputs = _INPUT_DIMS.get(parameter, 1)
+      shape = (math.prod(sizes[inputs:]), math.prod(sizes[:inputs]))
+    elif parameter.endswith(".embedding"):
+      shape = (config.vocab_size, config.hidden_size)
+    else:
+      shape = (math.prod(sizes),)
+    found.extend(
+      Tensor(
+        name=_NAMES[parameter].format(layer),
+        shape=shape,
+        parameter=parameter,
+        layer=layer,
+        sizes=sizes,
+        inputs=inputs,
+      )
+      for layer in (range(config.num_layers) if stacked else [None])
+    )
+  return found
+
+
+def resolve(path: str | Path) -> Path:
+  """The folder of a checkpoint; nothing is downloaded.
+
+  Args:
+    path: a local folder, or `org/name` or `org/name@revision` in the Hugging
+      Face cache.
+
+  Raises:
+    InputError: it is in neither place.
+  """
+  folder = Path(path).expanduser()
+  if folder.is_dir():
+    return folder
+  repository, _, revision = str(path).partition("@")
+  if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repository):
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    with contextlib.suppress(LocalEntryNotFoundError):
+      return Path(
+        huggingface_hub.snapshot_download(
+          repository, revision=revision or None, local_files_only=True
+        )
+      )
+    option = f" --revision {revision}" if revision else ""
+    raise InputError(
+      f"model {str(path)!r} is neither a folder nor in the Hugging Face cache; "
+      f"run: hf download {repository}{option}"
+    )
+  raise InputError(
+    f"model {str(path)!r} is no folder; give a folder with config.json and "
+    "safetensors files, or org/name of a downloaded Hugging Face model"
+  )
+
+
+def read_config(path: str | Path) -> ModelConfig:
+  """The model described by a checkpoint's `config.json`.
+
+  Raises:
+    InputError: no such file, not JSON, or a model that is not supported.
+  """
+  return ModelConfig.from_hf(_read_json(resolve(path) / CONFIG_FILE))
+
+
+def check(path: str | Path, config: ModelConfig) -> dict[str, Path]:
+  """Compares a checkpoint's files with what the model needs.
+
+  Reads headers only.
+
+  Returns:
+    The file of every tensor.
+
+  Raises:
+    InputError: a file is missing or damaged; a tensor is missing, unexpected,
+      or of a wrong shape or dtype.
+  """
+  folder = resolve(path)
+  expected = {tensor.name: tensor.shape for tensor in tensors(config)}
+  optional = set()
+  if config.tie_embeddings:
+    expected[_HEAD] = expected[_EMBEDDING]
+    optional.add(_HEAD)
+  where: dict[str, Path] = {}
+  for file in _files(folder):
+    with _open(file) as source:
+      for name in source.keys():
+        if _BUFFERS.fullmatch(name):
+          continue
+        if name not in expected:
+          raise InputError(
+            f"{file} holds {name}, which a {config.family} model with this "
+            "config.json does not have; the file and config.json do not belong "
+            "together"
+          )
+        header = source.get_slice(name)
+        shape = tuple(header.get_shape())
+        if shape != expected[name]:
+          raise InputError(
+            f"{name} in {file} has shape {shape}, but config.json asks for "
+            f"{expected[name]}"
+          )
+        if header.get_dtype() not in _DTYPES:
+          raise InputError(
+            f"{name} in {file} is {header.get_dtype()}; supported: "
+            f"{', '.join(_DTYPES)}"
+          )
+        where[name] = file
+  missing = [
+    name for name in expected if name not in where and name not in optional
+  ]
+  if missing:
+    raise InputError(
+      f"{folder} lacks {len(missing)} tensors that config.json asks for, such "
+      f"as {missing[0]}; is the download complete?"
+    )
+  return where
+
+
+def load(path: str | Path, model: Model, dtype: str = "float32") -> Params:
+  """Reads a checkpoint straight into the model's places.
+
+  Each process reads the blocks of its own devices, one parameter at a time.
+
+  Args:
+    path: see `resolve`.
+    model: says which weights, and where they go.
+    dtype: of the weights in memory, "float32" or "bfloat16".
+
+  Returns:
+    Weights as a nested dict, placed as `model.abstract_params` says.
+
+  Raises:
+    InputError: see `check`; also a checkpoint with tied embeddings that stores
+      another output layer.
+  """
+  where = check(path, model.config)
+  by_parameter: dict[str, list[Tensor]] = {}
+  for tensor in tensors(model.config):
+    by_parameter.setdefault(tensor.parameter, []).append(tensor)
+  with contextlib.ExitStack() as stack:
+    files = {
+      file: stack.enter_context(_open(file)) for file in set(where.values())
+    }
+    sources = {
+      name: files[file].get_slice(name) for name, file in where.items()
+    }
+    if model.config.tie_embeddings and _HEAD in sources:
+      _require_tied(sources, model.config)
+
+    def read(path: Any, abstract: jax.ShapeDtypeStruct) -> jax.Array:
+      parts = by_parameter[".".join(key.key for key in path)]
+
+      def block(index: Index) -> np.ndarray:
+        if parts[0].layer is None:
+          value = parts[0].from_file(sources[parts[0].name], index)
+        else:
+          value = np.stack(
+            [
+              part.from_file(sources[part.name], index[1:])
+              for part in parts[index[0]]
+            ]
+          )
+        return value.astype(dtype)
+
+      return jax.make_array_from_callback(
+        abstract.shape, abstract.sharding, _once_per_block(block)
+      )
+
+    return jax.tree.map_with_path(read, model.abstract_params(dtype))
+
+
+def _once_per_block(
+  read: Callable[[Index], np.ndarray],
+) -> Callable[[Index], np.ndarray]:
+  """Devices that hold the same block share one reading of it."""
+  blocks: dict[tuple[tuple[Any, Any], ...], np.ndarray] = {}
+
+  def shared(index: Index) -> np.ndarray:
+    key = tuple((part.start, part.stop) for part in index)
+    if key not in blocks:
+      blocks[key] = read(index)
+    return blocks[key]
+
+  return shared
+
+
+def _require_tied(sources: Mapping[str, Any], config: ModelConfig) -> None:
+  rows = 8192
+  for start in range(0, config.vocab_size, rows):
+    block = slice(start, min(start + rows, config.vocab_size))
+    if not np.array_equal(sources[_HEAD][block], sources[_EMBEDDING][block]):
+      raise InputError(
+        f"tie_word_embeddings is true, but the checkpoint's {_HEAD} differs "
+        f"from {_EMBEDDING}; set tie_word_embeddings to false in config.json, "
+        f"or remove {_HEAD}"
+      )
+
+
+def _files(folder: Path) -> list[Path]:
+  """The safetensors files of a checkpoint, all of them there."""
+  if (folder / SINGLE_FILE).is_file():
+    return [folder / SINGLE_FILE]
+  if not (folder / INDEX_FILE).is_file():
+    pickles = sorted(file.name for file in folder.glob("*.bin"))
+    if pickles:
+      raise InputError(
+        f"{folder} holds pickled weights ({pickles[0]}), which are not read "
+        "because a pickle can run code; save the model as safetensors with "
+        "transformers: save_pretrained(folder, safe_serialization=True)"
+      )
+    raise InputError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}")
+  index = _read_json(folder / INDEX_FILE)
+  if not isinstance(index.get("weight_map"), dict):
+    raise InputError(f"{folder / INDEX_FILE} has no weight_map")
+  files = [folder / name for name in sorted(set(index["weight_map"].values()))]
+  for file in files:
+    if not file.is_file():
+      raise InputError(
+        f"{INDEX_FILE} names {file.name}, which is not in {folder}; is the "
+        "download complete?"
+      )
+  return files
+
+
+@contextlib.contextmanager
+def _open(file: Path) -> Iterator[Any]:
+  try:
+    source = safetensors.safe_open(file, framework="numpy")
+  except safetensors.SafetensorError as error:
+    raise InputError(
+      f"{file} is damaged or no safetensors file ({error}); download it again"
+    ) from error
+  with source:
+    yield source
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+  if not file.is_file():
+    raise InputError(
+      f"{file} does not exist; give the folder of a Hugging Face checkpoint"
+    )
+  try:
+    values = json.loads(file.read_text(encoding="utf-8"))
+  except ValueError as error:
+    raise InputError(f"{file} is not valid JSON: {error}") from error
+  if not isinstance(values, dict):
+    raise InputError(f"{file} must hold a JSON object")
+  return values

@@ -1,0 +1,104 @@
+"""A decoder as named parts, and its weights as a nested dict of arrays.
+
+The parts are "embed", "layers", "final_norm" and, unless the output layer is
+the embedding, "lm_head". The weights of all layers are stacked on a leading
+axis L of "layers", and one block runs over them in a `jax.lax.scan`.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+from opd_jax.models import layers
+from opd_jax.models.config import ModelConfig
+from opd_jax.types import Params
+
+STACKED = "layers"
+
+
+def _builders(
+  config: ModelConfig,
+) -> Mapping[str, Callable[[nnx.Rngs], nnx.Module]]:
+  builders: dict[str, Callable[[nnx.Rngs], nnx.Module]] = {
+    "embed": lambda rngs: layers.Embedding(config, rngs),
+    STACKED: lambda rngs: layers.Block(config, rngs),
+    "final_norm": lambda rngs: layers.RMSNorm(
+      config.hidden_size, config.norm_eps
+    ),
+  }
+  if not config.tie_embeddings:
+    builders["lm_head"] = lambda rngs: layers.Embedding(config, rngs)
+  return builders
+
+
+@functools.cache
+def _abstract(config: ModelConfig) -> dict[str, tuple[Any, Any]]:
+  """Structure and abstract weights of each part."""
+  parts = {}
+  for name, build in _builders(config).items():
+    module = nnx.eval_shape(
+      lambda build=build: build(nnx.Rngs(params=jax.random.key(0)))
+    )
+    parts[name] = nnx.split(module)
+  return parts
+
+
+def part(config: ModelConfig, params: Params, name: str) -> Any:
+  """The module of one part with its weights (one layer's for "layers")."""
+  structure, _ = _abstract(config)[name]
+  return nnx.merge(structure, params[name])
+
+
+def shapes(config: ModelConfig) -> Params:
+  """A float32 `ShapeDtypeStruct` per weight."""
+  return {
+    name: jax.tree.map(
+      lambda leaf, name=name: jax.ShapeDtypeStruct(
+        (config.num_layers, *leaf.shape) if name == STACKED else leaf.shape,
+        leaf.dtype,
+      ),
+      nnx.to_pure_dict(state),
+    )
+    for name, (_, state) in _abstract(config).items()
+  }
+
+
+def axes(config: ModelConfig) -> Params:
+  """A tuple of logical axis names per weight."""
+  return {
+    name: nnx.to_pure_dict(
+      jax.tree.map(
+        lambda leaf, name=name: (
+          (STACKED, *leaf.get_metadata()["axes"])
+          if name == STACKED
+          else leaf.get_metadata()["axes"]
+        ),
+        state,
+        is_leaf=lambda node: isinstance(node, nnx.Variable),
+      )
+    )
+    for name, (_, state) in _abstract(config).items()
+  }
+
+
+def init(config: ModelConfig, key: jax.Array) -> Params:
+  """Random float32 weights: normal with deviation 0.02, norms 1, biases 0."""
+  params = {}
+  builders = _builders(config)
+  for (name, build), part_key in zip(
+    builders.items(), jax.random.split(key, len(builders)), strict=True
+  ):
+
+    def weights(key: jax.Array, build=build) -> Params:
+      module = build(nnx.Rngs(params=key))
+      return nnx.to_pure_dict(nnx.state(module))
+
+    if name == STACKED:
+      keys = jax.random.split(part_key, config.num_layers)
+      params[name] = jax.vmap(weights)(keys)
+    else:
+      params[name] = weights(part_key)
+  return params
