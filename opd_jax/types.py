@@ -4,7 +4,7 @@ Letters: B sequences (prompts x G rollouts each), P prompt slots, T completion
 slots, S = P + T, C a chunk of T, V vocabulary columns. Index t of every
 `[B, T]` array is about completion token t. Masks come from lengths, never from
 token ids, so a pad id may equal an end-of-sequence id. Every class is a frozen
-pytree; a field that is `None` was not asked for.
+pytree.
 """
 
 import dataclasses
@@ -16,6 +16,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 # A nested dict of arrays.
 Params = Mapping[str, Any]
+
+# The value of a field that was not asked for. It is `None`, but the fields are
+# typed as arrays: whoever declared the need may read them.
+ABSENT: Any = None
 
 # Why a rollout ended: values of `Rollout.stop_reason`.
 STOP_LENGTH = 0  # Ran into the completion limit: truncated.
@@ -111,9 +115,9 @@ class ModelScores:
       vocabulary shared by all models hold `MASKED_LOGPROB`.
   """
 
-  logprobs: Float[Array, "B T"] | None = None
-  entropy: Float[Array, "B T"] | None = None
-  vocab_logprobs: Float[Array, "B T V"] | None = None
+  logprobs: Float[Array, "B T"] = ABSENT
+  entropy: Float[Array, "B T"] = ABSENT
+  vocab_logprobs: Float[Array, "B T V"] = ABSENT
 
 
 @jax.tree_util.register_dataclass

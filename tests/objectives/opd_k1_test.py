@@ -20,7 +20,7 @@ def _create(**options):
   [("token_mean", 0.582895), ("seq_mean_token_mean", 0.486017)],
 )
 def test_on_policy_loss_is_the_k1_estimate(reduction, expected):
-  no_shift = np.zeros_like(support.BEHAVIOR_SHIFT)
+  no_shift = jnp.zeros_like(support.BEHAVIOR_SHIFT)
   loss = support.fixture_loss(_create(reduction=reduction), shift=no_shift)
   np.testing.assert_allclose(loss, expected, atol=1e-5)
 
@@ -51,10 +51,10 @@ def test_gradient_is_the_closed_form(baseline):
   teacher = support.token_logprobs(support.TEACHER_LOGITS, support.TOKENS)
   behavior = student + support.BEHAVIOR_SHIFT
   advantage = teacher - (behavior if baseline == "behavior" else student)
-  onehot = np.eye(4, dtype=np.float32)[support.TOKENS]
+  onehot = jnp.eye(4, dtype=jnp.float32)[support.TOKENS]
   probabilities = jax.nn.softmax(support.STUDENT_LOGITS, axis=-1)
-  factor = jnp.exp(student - behavior) * advantage * support.MASK / 5.0
-  expected = factor[..., None] * (probabilities - onehot)
+  factor = jnp.exp(student - behavior) * advantage * support.MASK.astype(jnp.float32)
+  expected = factor[..., None] * (probabilities - onehot) / 5.0
   np.testing.assert_allclose(gradient, expected, atol=1e-6)
   if baseline == "behavior":
     np.testing.assert_allclose(
@@ -77,7 +77,7 @@ def test_discounted_advantage(discount, expected):
   np.testing.assert_allclose(sums, expected, atol=1e-5)
   # The loss uses them: on policy it is minus their mean.
   loss = support.fixture_loss(
-    _create(discount=discount), shift=np.zeros_like(support.BEHAVIOR_SHIFT)
+    _create(discount=discount), shift=jnp.zeros_like(support.BEHAVIOR_SHIFT)
   )
   np.testing.assert_allclose(loss, -np.sum(expected) / 5, atol=1e-5)
 
@@ -86,7 +86,7 @@ def test_expected_gradient_is_that_of_the_reverse_kl():
   """Over the drawn token, at one position: E[g] = d KL(S || T) / dz."""
   student, teacher = support.STUDENT_LOGITS[0, 2], support.TEACHER_LOGITS[0, 2]
   objective = _create(reduction="sum")
-  mask = np.ones((1, 1), bool)
+  mask = jnp.ones((1, 1), bool)
 
   def gradient(token):
     tokens = jnp.full((1, 1), token, jnp.int32)
@@ -108,7 +108,7 @@ def test_expected_gradient_is_that_of_the_reverse_kl():
 def test_advantage_is_bounded():
   objective = _create(max_advantage=0.25, reduction="sum")
   loss = support.fixture_loss(
-    objective, shift=np.zeros_like(support.BEHAVIOR_SHIFT)
+    objective, shift=jnp.zeros_like(support.BEHAVIOR_SHIFT)
   )
   # Advantages 0.445, 0.285, -3.64, 0.185, -0.188 clipped at 0.25.
   np.testing.assert_allclose(

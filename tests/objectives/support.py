@@ -6,30 +6,29 @@ so that it can be compared with this one.
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from opd_jax.objectives import base, divergences, reduce
 from opd_jax.types import ModelScores, Scores
 
 # The fixture of the objective specifications: B = 2, T = 3, V = 4; the last
 # token of row 1 is padding.
-STUDENT_LOGITS = np.array(
+STUDENT_LOGITS = jnp.array(
   [
     [[1.0, 0.5, -0.5, 0.0], [0.2, -0.3, 1.5, 0.1], [0.0, 2.0, -1.0, 0.5]],
     [[0.3, 0.3, 0.3, 0.3], [-1.0, 0.0, 1.0, 2.0], [0.7, -0.2, 0.4, -1.1]],
   ],
-  np.float32,
+  jnp.float32,
 )
-TEACHER_LOGITS = np.array(
+TEACHER_LOGITS = jnp.array(
   [
     [[2.0, 0.0, -1.0, 0.5], [-0.5, 0.5, 2.5, 0.0], [1.5, -2.0, 0.5, 0.0]],
     [[0.1, 0.9, -0.4, 0.6], [-0.5, 0.6, 0.4, 1.5], [0.1, 0.0, -0.1, 0.2]],
   ],
-  np.float32,
+  jnp.float32,
 )
-TOKENS = np.array([[0, 2, 1], [3, 3, 0]], np.int32)
-MASK = np.array([[1, 1, 1], [1, 1, 0]], bool)
-BEHAVIOR_SHIFT = np.array([[0.05, -0.10, 0.20], [0.0, -0.30, 0.0]], np.float32)
+TOKENS = jnp.array([[0, 2, 1], [3, 3, 0]], jnp.int32)
+MASK = jnp.array([[1, 1, 1], [1, 1, 0]], bool)
+BEHAVIOR_SHIFT = jnp.array([[0.05, -0.10, 0.20], [0.0, -0.30, 0.0]], jnp.float32)
 
 
 def token_logprobs(logits, tokens):
