@@ -149,7 +149,7 @@ class OptimizerConfig:
 
   Attributes:
     learning_rate: peak rate.
-    warmup_steps: linear from 0 to the peak.
+    warmup_steps: steps of linear growth up to the peak.
     schedule: after the warm-up, until the last step.
     final_fraction: of the peak rate, reached at the last step by "cosine" and
       "linear".

@@ -10,7 +10,10 @@ from opd_jax.types import Params
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-  """Linear warm-up to the peak rate, then the schedule until `steps`."""
+  """Linear warm-up to the peak rate, then the schedule until `steps`.
+
+  The first of n warm-up steps has rate peak / n, the last the peak itself.
+  """
   peak = config.learning_rate
   after = max(steps - config.warmup_steps, 1)
   final = peak * config.final_fraction
@@ -21,7 +24,8 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
   }[config.schedule]
   if config.warmup_steps == 0:
     return body
-  warmup = optax.linear_schedule(0.0, peak, config.warmup_steps)
+  first = peak / config.warmup_steps
+  warmup = optax.linear_schedule(first, peak, config.warmup_steps - 1)
   return optax.join_schedules([warmup, body], [config.warmup_steps])
 
 

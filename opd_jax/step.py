@@ -200,9 +200,8 @@ class Step:
   ) -> tuple[TrainState, Metrics, Rollout]:
     """The whole step: rollout, scoring, objective, update."""
     rollout = self.rollout(state.params, state.step, inputs.prompts)
-    batch = self.scoring_batch(rollout, inputs)
-    state, metrics = self.update(state, frozen, batch)
-    return state, {**metrics, **rollout_metrics(rollout)}, rollout
+    state, metrics = self.update_from(state, frozen, inputs, rollout)
+    return state, metrics, rollout
 
   def update_from(
     self,
@@ -244,7 +243,16 @@ class Step:
     places = self.decoder.layout.tree_shardings(
       self.decoder.logical_axes(), params
     )
-    return jax.lax.with_sharding_constraint(self.decoder.cast(params), places)
+
+    def cast(path: Any, leaf: Array) -> Array:
+      # Norms are applied in float32: rounding their scales would only add to
+      # the mismatch between decoding and scoring.
+      if path[-1].key == "scale":
+        return leaf
+      return leaf.astype(self.decoder.compute_dtype)
+
+    copy = jax.tree_util.tree_map_with_path(cast, params)
+    return jax.lax.with_sharding_constraint(copy, places)
 
   def _accumulate(
     self,

@@ -16,11 +16,13 @@ if "jax" in sys.modules:
     "find the pytest plugin or option that imports it"
   )
 
-_DEVICES = "--xla_force_host_platform_device_count"
-if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
-  os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}=8".strip()
-  )
+for _flag in (
+  "--xla_force_host_platform_device_count=8",
+  # Tests compile far longer than they run: machine code is not optimised.
+  "--xla_backend_optimization_level=0",
+):
+  if _flag.partition("=")[0] not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}"
 for _name, _value in {
   "JAX_PLATFORMS": "cpu",
   # Compiled programs are kept between runs; `make clean` forgets them.

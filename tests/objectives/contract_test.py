@@ -48,19 +48,22 @@ def _loss(name, case):
 
 
 def _gradients(name, case):
+  """Gradients in the logits of the trained roles, as the engine takes them."""
   logits, *rest = case
-  return jax.jit(
-    jax.grad(lambda by_role: _loss(name, (by_role, *rest)))
-  )(logits)
-
-
-def test_descends_and_only_the_student_moves(name):
-  gradients = _gradients(name, _case())
   trained = _objective(name).needs.gradient_roles()
-  assert trained
+
+  def loss(by_role):
+    return _loss(name, ({**logits, **by_role}, *rest))
+
+  return jax.jit(jax.grad(loss))({role: logits[role] for role in trained})
+
+
+def test_every_trained_role_moves(name):
+  gradients = _gradients(name, _case())
+  assert gradients
   for role, gradient in gradients.items():
     assert np.all(np.isfinite(gradient)), role
-    assert bool(jnp.any(gradient != 0)) == (role in trained), role
+    assert jnp.any(gradient != 0), role
 
 
 def test_nothing_behind_the_mask_counts(name):

@@ -1,0 +1,230 @@
+"""The step: equal to plain autodiff, however it is cut, spread or split."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from opd_jax import sequences
+from opd_jax.objectives import base
+from opd_jax.types import STOP_ID, STOP_LENGTH
+from tests import engine
+from tests.objectives import support
+
+BEHIND = 4  # A prompt id is written behind the end to see that nobody looks.
+
+
+@functools.cache
+def _case():
+  """State, frozen weights, inputs, and one rollout, drawn on one device."""
+  step = engine.make_step()
+  state, frozen = engine.make_state(step)
+  inputs = engine.make_inputs()
+  rollout = jax.jit(step.rollout)(state.params, state.step, inputs.prompts)
+  return state, frozen, inputs, rollout
+
+
+def _state_of(step):
+  state, *_ = _case()
+  return dataclasses.replace(state, objective=step.objective.init_state())
+
+
+@functools.cache
+def _evaluation(name, **changes):
+  """The gradient pass of an objective on the shared rollout."""
+  step = engine.make_step(name, **changes)
+  _, frozen, inputs, rollout = _case()
+  # Behavior apart from the student, so that ratios are not all 1.
+  noise = 0.2 * jax.random.normal(jax.random.key(5), rollout.tokens.shape)
+  rollout = dataclasses.replace(
+    rollout,
+    behavior_logprobs=rollout.behavior_logprobs
+    + jnp.where(rollout.sampled_mask, noise, 0.0),
+  )
+  batch = step.scoring_batch(rollout, inputs)
+  if step.objective.needs.student_privileged:
+    assert batch.privileged is not None
+  return jax.jit(step.gradient)(_state_of(step), frozen, batch), batch
+
+
+def _assert_close(left, right, atol=1e-6):
+  """Trees are equal to `atol`, relative to the largest entry if it is > 1."""
+  scale = max(1.0, *(float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(left)))
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=atol * scale),
+    left,
+    right,
+  )
+
+
+def _naive_loss(step, params, frozen, batch, state):
+  """All of [B, T, V] at once, one prompt layout, the loss straight from it."""
+  logits = {}
+  for role in base.ROLES:
+    if role == "reference":
+      continue
+    prompts = (
+      batch.privileged if role == "student_privileged" else batch.prompts
+    )
+    model = step.scorer.model(role)
+    weights = frozen.get(role, params)
+    tokens, positions = sequences.join(prompts, batch.tokens, batch.lengths)
+    all_logits = model.logits(weights, model.hidden(weights, tokens, positions))
+    first = prompts.tokens.shape[1] - 1
+    part = all_logits[:, first : first + batch.tokens.shape[1]]
+    logits[role] = part[..., : step.scorer.vocab_size]
+  return support.loss_of(
+    step.objective,
+    logits,
+    batch.tokens,
+    batch.loss_mask,
+    batch.behavior_logprobs,
+    state=state.objective,
+  )[0]
+
+
+@pytest.mark.parametrize("name", engine.OBJECTIVES)
+def test_gradient_is_that_of_plain_autodiff(name):
+  evaluation, batch = _evaluation(name)
+  step = engine.make_step(name)
+  _, frozen, _, _ = _case()
+  state = _state_of(step)
+  loss, gradient = jax.jit(
+    jax.value_and_grad(
+      lambda params: _naive_loss(step, params, frozen, batch, state)
+    )
+  )(state.params)
+  _assert_close(sum(evaluation.losses.values()), loss)
+  _assert_close(evaluation.gradients, gradient)
+  assert max(jnp.max(jnp.abs(x)) for x in jax.tree.leaves(gradient)) > 1e-3
+
+
+@pytest.mark.parametrize("name", engine.OBJECTIVES)
+def test_micro_batches_change_nothing(name):
+  whole, _ = _evaluation(name)
+  parts, _ = _evaluation(name, micro_batches=4)
+  _assert_close(whole, parts)
+
+
+@pytest.mark.parametrize("name", ["gkd", "three_terms", "whole_rows"])
+@pytest.mark.parametrize("chunk_tokens", [1, 10**6])
+def test_chunks_change_nothing(name, chunk_tokens):
+  some, _ = _evaluation(name)
+  other, _ = _evaluation(name, chunk_tokens=chunk_tokens)
+  _assert_close(some, other)
+
+
+def test_nothing_behind_a_stop_id_counts():
+  step = engine.make_step()
+  state, frozen, inputs, rollout = _case()
+  mask = rollout.sampled_mask
+  lengths = np.sum(np.asarray(mask), axis=1)
+  tokens = np.asarray(rollout.tokens)
+  for row, length in enumerate(lengths):
+    ends = np.isin(tokens[row, :length], engine.STOP_IDS)
+    stopped = rollout.stop_reason[row] == STOP_ID
+    assert ends.sum() == int(stopped)
+    assert bool(ends[-1]) == bool(stopped)
+    assert (tokens[row, length:] == 0).all()
+  assert {STOP_ID, STOP_LENGTH} == set(np.asarray(rollout.stop_reason).tolist())
+
+  dirty = dataclasses.replace(
+    rollout,
+    tokens=jnp.where(mask, rollout.tokens, BEHIND),
+    behavior_logprobs=jnp.where(mask, rollout.behavior_logprobs, jnp.nan),
+  )
+  update = jax.jit(step.update_from)
+  clean_state, clean = update(state, frozen, inputs, rollout)
+  dirty_state, same = update(state, frozen, inputs, dirty)
+  jax.tree.map(
+    np.testing.assert_array_equal, (clean_state, clean), (dirty_state, same)
+  )
+
+
+def test_sampler_and_scorer_agree():
+  step = engine.make_step("opd_k1")
+  state, frozen, inputs, rollout = _case()
+  _, metrics = jax.jit(step.update_from)(
+    _state_of(step), frozen, inputs, rollout
+  )
+  assert float(metrics["mismatch/max"]) <= 1e-5
+  # On policy the loss is the sampled reverse KL itself.
+  np.testing.assert_allclose(
+    metrics["loss"], metrics["teacher/kl"], rtol=1e-5
+  )
+
+
+def test_fused_is_split():
+  step = engine.make_step("gkd")
+  state, frozen, inputs, _ = _case()
+  fused = jax.jit(step.train)
+  rollout_program = jax.jit(step.rollout)
+  update_program = jax.jit(step.update_from)
+  one, two = state, state
+  for _ in range(3):
+    one, metrics, fused_rollout = fused(one, frozen, inputs)
+    split_rollout = rollout_program(two.params, two.step, inputs.prompts)
+    two, split_metrics = update_program(two, frozen, inputs, split_rollout)
+    np.testing.assert_array_equal(fused_rollout.tokens, split_rollout.tokens)
+    _assert_close(one.params, two.params)
+    _assert_close(metrics, split_metrics, atol=1e-5)
+  assert int(one.step) == 3
+
+
+@pytest.mark.parametrize(
+  ("name", "micro_batches"),
+  [("gkd", 1), ("opd_k1", 2), ("quantile", 1), ("two_prompts", 2)],
+)
+def test_eight_devices_are_one(name, micro_batches):
+  changes = {
+    "mesh": {"replica": 2, "fsdp": 2, "tensor": 2},
+    "devices": 8,
+    "micro_batches": micro_batches,
+  }
+  step = engine.make_step(name, **changes)
+  state, frozen = engine.make_state(step)
+  _, _, inputs, rollout = _case()
+  drawn = jax.jit(step.rollout)(state.params, state.step, inputs.prompts)
+  np.testing.assert_array_equal(drawn.tokens, rollout.tokens)
+  np.testing.assert_allclose(
+    drawn.behavior_logprobs, rollout.behavior_logprobs, atol=1e-5
+  )
+  one = engine.make_step(name)
+  single, frozen_one, *_ = _case()
+  single = dataclasses.replace(
+    single, objective=one.objective.init_state()
+  )
+  expected = jax.jit(one.gradient)(
+    single, frozen_one, one.scoring_batch(rollout, inputs)
+  )
+  found = jax.jit(step.gradient)(
+    state, frozen, step.scoring_batch(jax.device_get(rollout), inputs)
+  )
+  _assert_close(found, expected)
+
+
+def test_objective_state_moves_with_the_statistics():
+  step = engine.make_step("stateful")
+  _, frozen, inputs, rollout = _case()
+  state, metrics = jax.jit(step.update_from)(
+    _state_of(step), frozen, inputs, rollout
+  )
+  entropy = metrics["student/entropy"]
+  np.testing.assert_allclose(metrics["objective/entropy"], entropy, rtol=1e-6)
+  np.testing.assert_allclose(
+    state.objective["mean_entropy"], 0.5 * (1.0 + entropy), rtol=1e-6
+  )
+
+
+def test_loss_falls_on_a_fixed_batch():
+  step = engine.make_step("gkd")
+  state, frozen, inputs, rollout = _case()
+  update = jax.jit(step.update_from)
+  losses = []
+  for _ in range(8):
+    state, metrics = update(state, frozen, inputs, rollout)
+    losses.append(float(metrics["loss"]))
+  assert losses[-1] < 0.9 * losses[0], losses
