@@ -188,7 +188,7 @@ class Step:
     )
     metrics = {
       **step_metrics(evaluation, batch),
-      "optimizer/grad_norm": optax.global_norm(evaluation.gradients),
+      "optimizer/grad_norm": optax.tree.norm(evaluation.gradients),
       "optimizer/learning_rate": jnp.asarray(
         self.learning_rate(state.step), jnp.float32
       ),
