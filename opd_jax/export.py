@@ -65,9 +65,7 @@ def export(
       architecture.
   """
   if dtype not in DTYPES:
-    raise InputError(
-      f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}"
-    )
+    raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
   out_dir = Path(out_dir).expanduser()
   if out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
     raise InputError(
@@ -135,9 +133,7 @@ def _plan(
   }
 
 
-def _index(
-  shards: Mapping[str, list[hf.Tensor]], dtype: str
-) -> dict[str, Any]:
+def _index(shards: Mapping[str, list[hf.Tensor]], dtype: str) -> dict[str, Any]:
   itemsize = np.dtype(dtype).itemsize
   total = sum(
     itemsize * math.prod(tensor.shape)

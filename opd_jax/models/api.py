@@ -110,7 +110,8 @@ class Model:
       self._table(params, name),
       dtype=jnp.float32,
     )
-    real = jnp.arange(scores.shape[-1]) < self.config.vocab_size
+    column = jax.lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
+    real = column < self.config.vocab_size
     return self._rows(jnp.where(real, scores, MASKED_LOGPROB), "vocab")
 
   def init_cache(self, batch: int, slots: int) -> KVCache:

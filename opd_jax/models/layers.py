@@ -39,6 +39,11 @@ def product(equation: str, *operands: jax.Array, dtype=None) -> jax.Array:
   )
 
 
+def _broadcast(weights: jax.Array, x: jax.Array) -> jax.Array:
+  """Leading dimensions of size 1, so that weights fit the last ones of x."""
+  return jnp.expand_dims(weights, range(x.ndim - weights.ndim))
+
+
 class RMSNorm(nnx.Module):
   """x / sqrt(mean(x^2) + eps) * scale, over the last dimension."""
 
@@ -50,7 +55,8 @@ class RMSNorm(nnx.Module):
     wide = x.astype(jnp.float32)
     square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
     normed = wide * jax.lax.rsqrt(square + self.eps)
-    return (normed * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+    scale = _broadcast(self.scale[...], x)
+    return (normed * scale.astype(jnp.float32)).astype(x.dtype)
 
 
 class Linear(nnx.Module):
@@ -84,7 +90,9 @@ class Linear(nnx.Module):
 
   def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
     y = product(self.equation, x, self.kernel[...].astype(x.dtype))
-    return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+    if self.bias is None:
+      return y
+    return y + _broadcast(self.bias[...], y).astype(y.dtype)
 
 
 class Embedding(nnx.Module):

@@ -49,9 +49,9 @@ def _loss(name, case):
 
 def _gradients(name, case):
   logits, *rest = case
-  return jax.jit(
-    jax.grad(lambda by_role: _loss(name, (by_role, *rest)))
-  )(logits)
+  return jax.jit(jax.grad(lambda by_role: _loss(name, (by_role, *rest))))(
+    logits
+  )
 
 
 def test_descends_and_only_the_student_moves(name):
