@@ -104,8 +104,14 @@ class Model:
     gradient.
     """
     name = "embed" if self.config.tie_embeddings else _HEAD
-    scores = self._part(params, name).scores(hidden.astype(self.compute_dtype))
-    real = jnp.arange(scores.shape[-1]) < self.config.vocab_size
+    scores = layers.product(
+      "...d,vd->...v",
+      hidden.astype(self.compute_dtype),
+      self._table(params, name),
+      dtype=jnp.float32,
+    )
+    column = jax.lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
+    real = column < self.config.vocab_size
     return self._rows(jnp.where(real, scores, MASKED_LOGPROB), "vocab")
 
   def init_cache(self, batch: int, slots: int) -> KVCache:
@@ -114,8 +120,8 @@ class Model:
     shape = (
       config.num_layers,
       batch,
-      slots,
       config.num_kv_heads,
+      slots,
       config.head_size,
     )
     return self._place_cache(
@@ -148,7 +154,7 @@ class Model:
     """
     x, (keys, values) = self._forward(params, tokens, positions, True)
     free = slots - tokens.shape[1]
-    padding = ((0, 0), (0, 0), (0, free), (0, 0), (0, 0))
+    padding = ((0, 0), (0, 0), (0, 0), (0, free), (0, 0))
     cache = KVCache(
       keys=jnp.pad(keys, padding),
       values=jnp.pad(values, padding),
@@ -192,7 +198,7 @@ class Model:
       query, (key, value) = block.attention.project(
         block.attention_norm(x), *turn
       )
-      start = (layer, 0, slot, 0, 0)
+      start = (layer, 0, 0, slot, 0)
       keys = jax.lax.dynamic_update_slice(keys, key[None], start)
       values = jax.lax.dynamic_update_slice(values, value[None], start)
       here = functools.partial(
@@ -216,7 +222,7 @@ class Model:
     positions: Int[Array, "B S"],
     keep_cache: bool,
   ) -> tuple[Float[Array, "B S D"], Any]:
-    """Hidden states before the final norm; keys and values `[L, B, S, M, H]`."""
+    """Hidden states before the final norm; keys and values `[L, B, M, S, H]`."""
     config = self.config
     visible = _visible(positions, positions)
     turn = rope.angles(config.rope, config.head_size, positions)
@@ -236,8 +242,16 @@ class Model:
   def _embed(
     self, params: Params, tokens: Int[Array, "B S"]
   ) -> Float[Array, "B S D"]:
-    table = self._part(params, "embed")
-    return self._rows(table.lookup(tokens, self.compute_dtype))
+    return self._rows(jnp.take(self._table(params, "embed"), tokens, axis=0))
+
+  def _table(self, params: Params, name: str) -> Float[Array, "V D"]:
+    """An embedding, spread over the vocabulary alone.
+
+    Rows of tokens cannot be looked up in, nor multiplied with, vectors that
+    are cut along D over the same mesh axis.
+    """
+    table = self._part(params, name).table(self.compute_dtype)
+    return self.layout.constrain(table, ("vocab", None))
 
   def _part(self, params: Params, name: str) -> Any:
     return transformer.part(self.config, params, name)

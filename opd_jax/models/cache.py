@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from opd_jax.sharding import Axes
 
-CACHE_AXES: Axes = ("layers", "batch", None, "kv_heads", "head_size")
+CACHE_AXES: Axes = ("layers", "batch", "kv_heads", None, "head_size")
 
 
 @jax.tree_util.register_dataclass
@@ -22,8 +22,8 @@ class KVCache:
     positions: of the token in each slot; -1 where there is none.
   """
 
-  keys: Float[Array, "L B S M H"]
-  values: Float[Array, "L B S M H"]
+  keys: Float[Array, "L B M S H"]
+  values: Float[Array, "L B M S H"]
   positions: Int[Array, "B S"]
 
   def repeat(self, n: int) -> "KVCache":

@@ -194,7 +194,7 @@ def read_config(path: str | Path) -> ModelConfig:
   Raises:
     InputError: no such file, not JSON, or a model that is not supported.
   """
-  return ModelConfig.from_hf(_read_json(resolve(path) / CONFIG_FILE))
+  return ModelConfig.from_hf(read_json(resolve(path) / CONFIG_FILE))
 
 
 def check(path: str | Path, config: ModelConfig) -> dict[str, Path]:
@@ -344,7 +344,7 @@ def _files(folder: Path) -> list[Path]:
         "transformers: save_pretrained(folder, safe_serialization=True)"
       )
     raise InputError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}")
-  index = _read_json(folder / INDEX_FILE)
+  index = read_json(folder / INDEX_FILE)
   if not isinstance(index.get("weight_map"), dict):
     raise InputError(f"{folder / INDEX_FILE} has no weight_map")
   files = [folder / name for name in sorted(set(index["weight_map"].values()))]
@@ -369,7 +369,12 @@ def _open(file: Path) -> Iterator[Any]:
     yield source
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+  """The object in a JSON file of a checkpoint.
+
+  Raises:
+    InputError: no such file, or no JSON object in it.
+  """
   if not file.is_file():
     raise InputError(
       f"{file} does not exist; give the folder of a Hugging Face checkpoint"

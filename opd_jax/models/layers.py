@@ -10,7 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from opd_jax.models import rope
 from opd_jax.models.config import ModelConfig
@@ -18,8 +18,8 @@ from opd_jax.sharding import Axes
 
 INIT_SCALE = 0.02
 
-# Keys and values of one layer.
-KeyValue = tuple[Float[Array, "B S M H"], Float[Array, "B S M H"]]
+# Keys and values of one layer, heads before slots: what products read in order.
+KeyValue = tuple[Float[Array, "B M S H"], Float[Array, "B M S H"]]
 
 
 def product(equation: str, *operands: jax.Array, dtype=None) -> jax.Array:
@@ -39,6 +39,11 @@ def product(equation: str, *operands: jax.Array, dtype=None) -> jax.Array:
   )
 
 
+def _broadcast(weights: jax.Array, x: jax.Array) -> jax.Array:
+  """Leading dimensions of size 1, so that weights fit the last ones of x."""
+  return jnp.expand_dims(weights, range(x.ndim - weights.ndim))
+
+
 class RMSNorm(nnx.Module):
   """x / sqrt(mean(x^2) + eps) * scale, over the last dimension."""
 
@@ -50,7 +55,8 @@ class RMSNorm(nnx.Module):
     wide = x.astype(jnp.float32)
     square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
     normed = wide * jax.lax.rsqrt(square + self.eps)
-    return (normed * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+    scale = _broadcast(self.scale[...], x)
+    return (normed * scale.astype(jnp.float32)).astype(x.dtype)
 
 
 class Linear(nnx.Module):
@@ -84,7 +90,9 @@ class Linear(nnx.Module):
 
   def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
     y = product(self.equation, x, self.kernel[...].astype(x.dtype))
-    return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+    if self.bias is None:
+      return y
+    return y + _broadcast(self.bias[...], y).astype(y.dtype)
 
 
 class Embedding(nnx.Module):
@@ -98,22 +106,15 @@ class Embedding(nnx.Module):
       jnp.where(real, rows, 0.0), axes=("vocab", "embed")
     )
 
-  def lookup(
-    self, tokens: Int[Array, "..."], dtype: str
-  ) -> Float[Array, "... D"]:
-    """The vectors of ids."""
-    return jnp.take(self.embedding[...], tokens, axis=0).astype(dtype)
-
-  def scores(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
-    """Inner product with every row, float32."""
-    table = self.embedding[...].astype(x.dtype)
-    return product("...d,vd->...v", x, table, dtype=jnp.float32)
+  def table(self, dtype: str) -> Float[Array, "V D"]:
+    """All vectors, in a compute dtype."""
+    return self.embedding[...].astype(dtype)
 
 
 def attend(
   query: Float[Array, "B T N H"],
-  keys: Float[Array, "B S M H"],
-  values: Float[Array, "B S M H"],
+  keys: Float[Array, "B M S H"],
+  values: Float[Array, "B M S H"],
   visible: Bool[Array, "B T S"],
 ) -> Float[Array, "B T N H"]:
   """softmax(q k / sqrt(H)) v over the visible slots, in float32.
@@ -122,13 +123,13 @@ def attend(
   that sees nothing gets a mean of the values, not NaN.
   """
   batch, length, heads, size = query.shape
-  kv_heads = keys.shape[2]
+  kv_heads = keys.shape[1]
   grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, size)
-  scores = product("btmgh,bsmh->bmgts", grouped, keys, dtype=jnp.float32)
+  scores = product("btmgh,bmsh->bmgts", grouped, keys, dtype=jnp.float32)
   scores = scores / math.sqrt(size)
   scores = jnp.where(visible[:, None, None], scores, -1e30)
   weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-  mixed = product("bmgts,bsmh->btmgh", weights, values)
+  mixed = product("bmgts,bmsh->btmgh", weights, values)
   return mixed.reshape(query.shape)
 
 
@@ -169,7 +170,7 @@ class Attention(nnx.Module):
       query, key = self.query_norm(query), self.key_norm(key)
     query = rope.rotate(query, cosine, sine)
     key = rope.rotate(key, cosine, sine)
-    return query, (key, self.value(x))
+    return query, (key.swapaxes(1, 2), self.value(x).swapaxes(1, 2))
 
 
 class MLP(nnx.Module):

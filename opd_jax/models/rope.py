@@ -67,7 +67,9 @@ def angles(
 ) -> tuple[Float[Array, "B S 1 H2"], Float[Array, "B S 1 H2"]]:
   """Cosine and sine of every position, float32, to broadcast over heads."""
   turns, scale = frequencies(rope, head_size)
-  angle = positions[..., None, None].astype(jnp.float32) * turns
+  angle = (
+    positions[..., None, None].astype(jnp.float32) * turns[None, None, None]
+  )
   return jnp.cos(angle) * scale, jnp.sin(angle) * scale
 
 

@@ -30,9 +30,7 @@ def test_worked_numbers(beta, token_mean, seq_mean):
     support.fixture_loss(_create(beta=beta)), token_mean, atol=1e-5
   )
   np.testing.assert_allclose(
-    support.fixture_loss(
-      _create(beta=beta, reduction="seq_mean_token_mean")
-    ),
+    support.fixture_loss(_create(beta=beta, reduction="seq_mean_token_mean")),
     seq_mean,
     atol=1e-5,
   )

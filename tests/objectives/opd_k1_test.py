@@ -53,7 +53,9 @@ def test_gradient_is_the_closed_form(baseline):
   advantage = teacher - (behavior if baseline == "behavior" else student)
   onehot = jnp.eye(4, dtype=jnp.float32)[support.TOKENS]
   probabilities = jax.nn.softmax(support.STUDENT_LOGITS, axis=-1)
-  factor = jnp.exp(student - behavior) * advantage * support.MASK.astype(jnp.float32)
+  factor = (
+    jnp.exp(student - behavior) * advantage * support.MASK.astype(jnp.float32)
+  )
   expected = factor[..., None] * (probabilities - onehot) / 5.0
   np.testing.assert_allclose(gradient, expected, atol=1e-6)
   if baseline == "behavior":

@@ -28,7 +28,9 @@ TEACHER_LOGITS = jnp.array(
 )
 TOKENS = jnp.array([[0, 2, 1], [3, 3, 0]], jnp.int32)
 MASK = jnp.array([[1, 1, 1], [1, 1, 0]], bool)
-BEHAVIOR_SHIFT = jnp.array([[0.05, -0.10, 0.20], [0.0, -0.30, 0.0]], jnp.float32)
+BEHAVIOR_SHIFT = jnp.array(
+  [[0.05, -0.10, 0.20], [0.0, -0.30, 0.0]], jnp.float32
+)
 
 
 def token_logprobs(logits, tokens):
@@ -42,9 +44,7 @@ def model_scores(logits, tokens, mask, request):
     jnp.where(mask[..., None], logits, jnp.zeros((), logits.dtype)), axis=-1
   )
   entropy = divergences.entropy(
-    logprobs
-    if request.entropy_gradient
-    else jax.lax.stop_gradient(logprobs)
+    logprobs if request.entropy_gradient else jax.lax.stop_gradient(logprobs)
   )
   drawn = jnp.take_along_axis(logprobs, tokens[..., None], axis=-1)[..., 0]
   zero = jnp.zeros((), drawn.dtype)

@@ -1,0 +1,187 @@
+"""Writes a model as a Hugging Face checkpoint."""
+
+import functools
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors.numpy import save_file
+
+from opd_jax.errors import InputError
+from opd_jax.models import hf
+from opd_jax.models.api import Model
+from opd_jax.models.config import ModelConfig
+from opd_jax.types import Params
+
+DTYPES = ("float32", "bfloat16")
+
+# What a checkpoint holds beside config.json and the weights.
+_CARRIED = (
+  "added_tokens.json",
+  "chat_template.*",
+  "additional_chat_templates",
+  "generation_config.json",
+  "merges.txt",
+  "special_tokens_map.json",
+  "tokenizer.json",
+  "tokenizer.model",
+  "tokenizer_config.json",
+  "vocab.json",
+  "vocab.txt",
+)
+
+
+def export(
+  params: Params,
+  model: Model,
+  source_dir: str | Path | None,
+  out_dir: str | Path,
+  dtype: str = "float32",
+  max_shard_bytes: int = 4 * 2**30,
+) -> None:
+  """Writes a folder that `transformers` and `hf.load` read.
+
+  The vocabulary has its original rows, without padding. The folder appears
+  under its name only when it is complete. With several processes all must
+  call; the first one writes.
+
+  Args:
+    params: weights of `model`, wherever they are.
+    model: its layout is where single tensors are gathered.
+    source_dir: the checkpoint the model came from (see `hf.resolve`): its
+      config.json is kept but for the dtype, its tokenizer, chat template and
+      generation config byte for byte. None writes weights and config alone.
+    out_dir: must not exist, or be empty.
+    dtype: of the written weights, "float32" or "bfloat16".
+    max_shard_bytes: larger weights are written as several files with an index.
+
+  Raises:
+    InputError: an unknown dtype, an `out_dir` in use, or a source of another
+      architecture.
+  """
+  if dtype not in DTYPES:
+    raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+  out_dir = Path(out_dir).expanduser()
+  if out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
+    raise InputError(
+      f"{out_dir} exists and is not an empty folder; name another one"
+    )
+  source = None if source_dir is None else hf.resolve(source_dir)
+  config = _config_json(model.config, source, dtype)
+  shards = _plan(model.config, np.dtype(dtype).itemsize, max_shard_bytes)
+  fetch = _fetcher(params, model, dtype)
+  if jax.process_index() != 0:
+    for tensors in shards.values():
+      for tensor in tensors:
+        fetch(tensor)
+    return
+  partial = out_dir.with_name(f".{out_dir.name}.partial")
+  shutil.rmtree(partial, ignore_errors=True)
+  partial.mkdir(parents=True)
+  for file, tensors in shards.items():
+    save_file(
+      {tensor.name: fetch(tensor) for tensor in tensors},
+      partial / file,
+      metadata={"format": "pt"},
+    )
+  if len(shards) > 1:
+    _write_json(partial / hf.INDEX_FILE, _index(shards, dtype))
+  _write_json(partial / hf.CONFIG_FILE, config)
+  if source is not None:
+    _carry(source, partial)
+  partial.replace(out_dir)
+
+
+def _config_json(
+  config: ModelConfig, source: Path | None, dtype: str
+) -> dict[str, Any]:
+  if source is None:
+    return {**config.to_hf(), "torch_dtype": dtype}
+  values = hf.read_json(source / hf.CONFIG_FILE)
+  if ModelConfig.from_hf(values) != config:
+    raise InputError(
+      f"{source / hf.CONFIG_FILE} describes another model than the one to "
+      "export; give the folder the weights were loaded from"
+    )
+  key = "dtype" if "dtype" in values else "torch_dtype"
+  return {**values, key: dtype}
+
+
+def _plan(
+  config: ModelConfig, itemsize: int, max_shard_bytes: int
+) -> Mapping[str, list[hf.Tensor]]:
+  """Tensors of each file, in order, none over the limit if it can be helped."""
+  groups: list[list[hf.Tensor]] = [[]]
+  filled = 0
+  for tensor in hf.tensors(config):
+    size = itemsize * math.prod(tensor.shape)
+    if groups[-1] and filled + size > max_shard_bytes:
+      groups.append([])
+      filled = 0
+    groups[-1].append(tensor)
+    filled += size
+  if len(groups) == 1:
+    return {hf.SINGLE_FILE: groups[0]}
+  return {
+    f"model-{number:05}-of-{len(groups):05}.safetensors": group
+    for number, group in enumerate(groups, start=1)
+  }
+
+
+def _index(shards: Mapping[str, list[hf.Tensor]], dtype: str) -> dict[str, Any]:
+  itemsize = np.dtype(dtype).itemsize
+  total = sum(
+    itemsize * math.prod(tensor.shape)
+    for tensors in shards.values()
+    for tensor in tensors
+  )
+  return {
+    "metadata": {"total_size": total},
+    "weight_map": {
+      tensor.name: file
+      for file, tensors in shards.items()
+      for tensor in tensors
+    },
+  }
+
+
+def _fetcher(
+  params: Params, model: Model, dtype: str
+) -> Callable[[hf.Tensor], np.ndarray]:
+  """Brings one tensor to the host, whatever devices hold it."""
+  place = functools.partial(jax.jit, out_shardings=model.layout.replicated())
+  whole = place(lambda leaf: leaf.astype(dtype))
+  layer_of = place(
+    lambda leaf, layer: jax.lax.dynamic_index_in_dim(
+      leaf, layer, keepdims=False
+    ).astype(dtype)
+  )
+
+  def fetch(tensor: hf.Tensor) -> np.ndarray:
+    leaf: Any = params
+    for name in tensor.parameter.split("."):
+      leaf = leaf[name]
+    value = (
+      whole(leaf) if tensor.layer is None else layer_of(leaf, tensor.layer)
+    )
+    return tensor.to_file(np.asarray(value))
+
+  return fetch
+
+
+def _carry(source: Path, target: Path) -> None:
+  for pattern in _CARRIED:
+    for found in source.glob(pattern):
+      if found.is_dir():
+        shutil.copytree(found, target / found.name)
+      else:
+        shutil.copyfile(found, target / found.name)
+
+
+def _write_json(file: Path, values: Mapping[str, Any]) -> None:
+  file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
