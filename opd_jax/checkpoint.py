@@ -57,8 +57,8 @@ class Checkpoints:
     Args:
       directory: local folder, or a bucket such as "gs://...".
       config: what is kept. The folder is created if need be, and what a killed
-        run left half-written is removed. None opens it for reading only, which
-        is safe while a run writes there.
+        run left half-written is removed. None opens it for reading, which is
+        safe while a run writes there.
 
     Raises:
       InputError: nothing to read there.
@@ -71,7 +71,7 @@ class Checkpoints:
           "workdir of a run that has saved one"
         )
       options = ocp.CheckpointManagerOptions(
-        best_fn=_loss, best_mode="min", create=False, read_only=True
+        best_fn=_loss, best_mode="min", create=False
       )
     else:
       options = ocp.CheckpointManagerOptions(
