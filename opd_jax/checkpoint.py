@@ -1,16 +1,17 @@
 """Saves and restores what a run is made of.
 
 The only importer of orbax. A checkpoint holds arrays as plain dicts and JSON,
-nothing pickled; it is restored to the shapes and shardings of a target, so
-another mesh is no special case. orbax does not notice a damaged byte inside an
-array, so a sum over the bits of every array is saved beside it and compared.
+nothing pickled; it is restored to the shardings of a target, so another mesh is
+no special case. orbax does not notice a changed byte inside an array, and ends
+untidily where a file is cut short: so the sizes of the files and, for every
+array, its type, shape and a sum over its bits are saved too, and compared.
 """
 
 import dataclasses
 import importlib.metadata
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ from opd_jax.types import TrainState
 
 BEST_METRIC = "eval/loss"
 
+_SIZES = "sizes.json"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 # Config keys, dotted, that a resumed run may change: what it computes stays
 # the same up to rounding.
@@ -75,6 +77,9 @@ class Checkpoints:
       )
     else:
       options = ocp.CheckpointManagerOptions(
+        async_options=ocp.AsyncOptions(
+          post_finalization_callback=self._write_sizes
+        ),
         preservation_policy=_preservation(config),
         best_fn=_loss,
         best_mode="min",
@@ -124,6 +129,9 @@ class Checkpoints:
     """
     if step in self._manager.all_steps():
       return
+    # Not before: `_write_sizes` may still be about the step saved before.
+    self.wait()
+    self._saving = step
     arrays = _to_dict(state)
     finite = {
       name: float(value)
@@ -135,7 +143,7 @@ class Checkpoints:
       args=ocp.args.Composite(
         state=ocp.args.StandardSave(arrays),
         data=ocp.args.JsonSave(dict(data_state)),
-        sums=ocp.args.JsonSave(_sums(arrays)),
+        arrays=ocp.args.JsonSave(_inventory(arrays)),
       ),
       metrics=finite,
       force=True,
@@ -169,7 +177,7 @@ class Checkpoints:
       InputError: no such step, or a checkpoint that is damaged or does not fit
         `abstract_state`.
     """
-    steps = sorted(self._manager.all_steps())
+    steps = self._manager.all_steps()
     wanted = self.latest() if step is None else step
     if wanted is None or wanted not in steps:
       asked = "" if step is None else f" of step {step}"
@@ -177,35 +185,81 @@ class Checkpoints:
         f"no checkpoint{asked} in {self._directory}; steps there: "
         f"{_listed(steps)}"
       )
+    target = _to_dict(abstract_state)
+    # orbax tells of damage by ValueError, KeyError, OSError and Exception.
     try:
-      found = self._manager.restore(
+      self._check_sizes(wanted)
+      texts = self._manager.restore(
         wanted,
         args=ocp.args.Composite(
-          state=ocp.args.StandardRestore(_to_dict(abstract_state)),
-          data=ocp.args.JsonRestore(),
-          sums=ocp.args.JsonRestore(),
+          data=ocp.args.JsonRestore(), arrays=ocp.args.JsonRestore()
         ),
       )
+      saved = {name: tuple(entry) for name, entry in texts["arrays"].items()}
+    except Exception as error:
+      raise self._damaged(wanted, str(error)) from error
+    self._check_fits(wanted, saved, target)
+    try:
+      state = self._manager.restore(
+        wanted,
+        args=ocp.args.Composite(state=ocp.args.StandardRestore(target)),
+      )["state"]
     except jax.errors.JaxRuntimeError:
       raise
-    # orbax tells of damage by ValueError, KeyError, OSError and Exception.
     except Exception as error:
-      raise self._unreadable(wanted, steps, str(error)) from error
-    sums = _sums(found["state"])
-    bad = [name for name in sums if sums[name] != found["sums"].get(name)]
+      raise self._damaged(wanted, str(error)) from error
+    found = _inventory(state)
+    bad = [name for name in found if found[name] != saved[name]]
     if bad:
-      raise self._unreadable(
-        wanted, steps, f"the bits of {', '.join(bad[:5])} changed"
-      )
-    return TrainState(**found["state"]), found["data"]
+      raise self._damaged(wanted, f"bits of {', '.join(bad[:5])} changed")
+    return TrainState(**state), texts["data"]
 
-  def _unreadable(self, step: int, steps: list[int], why: str) -> InputError:
-    earlier = [other for other in steps if other < step]
+  def _write_sizes(self) -> None:
+    """Adds a list of files to a checkpoint, just before it becomes visible."""
+    if jax.process_index() != 0:
+      return
+    for folder in self._directory.iterdir():
+      if folder.name.split(".")[0] == str(self._saving):
+        sizes = {
+          str(file.relative_to(folder)): file.stat().length
+          for file in _files(folder / "state")
+        }
+        (folder / _SIZES).write_text(json.dumps(sizes))
+
+  def _check_sizes(self, step: int) -> None:
+    folder = self._directory / str(step)
+    for name, size in json.loads((folder / _SIZES).read_text()).items():
+      found = (folder / name).stat().length
+      if found != size:
+        raise OSError(f"{folder / name} has {found} bytes instead of {size}")
+
+  def _check_fits(
+    self,
+    step: int,
+    saved: Mapping[str, tuple[str, int]],
+    target: Mapping[str, Any],
+  ) -> None:
+    there = {name: form for name, (form, _) in saved.items()}
+    here = {name: _form(leaf) for name, leaf in _leaves(target).items()}
+    differing = [
+      f"{name}: {there.get(name, 'absent')} saved, "
+      f"{here.get(name, 'absent')} wanted"
+      for name in sorted(there.keys() | here.keys())
+      if there.get(name) != here.get(name)
+    ]
+    if differing:
+      raise InputError(
+        f"the checkpoint of step {step} in {self._directory} is of another "
+        f"model or optimizer: {'; '.join(differing[:5])}. Use the student and "
+        "optimizer of that run, or a new workdir"
+      )
+
+  def _damaged(self, step: int, why: str) -> InputError:
+    earlier = [other for other in self._manager.all_steps() if other < step]
     return InputError(
-      f"the checkpoint of step {step} in {self._directory} is damaged, or of "
-      f"another model or optimizer: {why}. Delete the folder "
-      f"{self._directory / str(step)} to go on from an earlier step; there "
-      f"are: {_listed(earlier)}"
+      f"the checkpoint of step {step} in {self._directory} is damaged: {why}. "
+      f"Delete the folder {self._directory / str(step)} to go on from an "
+      f"earlier step; there are: {_listed(earlier)}"
     )
 
   def wait(self) -> None:
@@ -237,7 +291,7 @@ def _loss(metrics: Mapping[str, float]) -> float:
   return metrics.get(BEST_METRIC, math.inf)
 
 
-def _listed(steps: list[int]) -> str:
+def _listed(steps: Sequence[int]) -> str:
   return ", ".join(map(str, steps)) or "none"
 
 
@@ -248,13 +302,34 @@ def _to_dict(state: TrainState) -> dict[str, Any]:
   }
 
 
-def _sums(arrays: Mapping[str, Any]) -> dict[str, int]:
-  """The sum over the bits of every array, by its path."""
-  leaves, _ = jax.tree_util.tree_flatten_with_path(arrays)
-  sums = jax.device_get(_bit_sums([leaf for _, leaf in leaves]))
+def _files(folder: epath.Path) -> Iterator[epath.Path]:
+  for path in folder.iterdir():
+    if path.is_dir():
+      yield from _files(path)
+    else:
+      yield path
+
+
+def _leaves(tree: Mapping[str, Any]) -> dict[str, Any]:
+  """Leaves by dotted path."""
+  leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
   return {
-    jax.tree_util.keystr(path): int(total)
-    for (path, _), total in zip(leaves, sums, strict=True)
+    jax.tree_util.keystr(path, simple=True, separator="."): leaf
+    for path, leaf in leaves
+  }
+
+
+def _form(leaf: Any) -> str:
+  return f"{leaf.dtype}{list(leaf.shape)}"
+
+
+def _inventory(tree: Mapping[str, Any]) -> dict[str, tuple[str, int]]:
+  """Type and shape, and the sum over the bits, of every array by its path."""
+  leaves = _leaves(tree)
+  sums = jax.device_get(_bit_sums(list(leaves.values())))
+  return {
+    name: (_form(leaf), int(total))
+    for (name, leaf), total in zip(leaves.items(), sums, strict=True)
   }
 
 

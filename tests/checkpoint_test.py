@@ -1,6 +1,7 @@
 """Checkpoints: what is kept, what comes back, what is refused."""
 
 import copy
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -21,18 +22,21 @@ AXES = {"w": ("embed", "ffw"), "norm": {"scale": ("norm",)}}
 
 
 def make_state(step=0, **sizes):
-  """A state on a mesh of all devices, with values that depend on the step."""
+  """A state on a mesh of all devices, of random bits that depend on the step.
+
+  What is random cannot be compressed, so that in a file any bit is as good.
+  """
   mesh = sharding.make_mesh(sizes or {"fsdp": -1})
   layout = sharding.Layout.create(mesh, sharding.TRAIN_RULES)
-  draw = np.random.default_rng(step).normal
+  random = np.random.default_rng(step)
   params = {"w": jnp.zeros((64, 256)), "norm": {"scale": jnp.zeros(3)}}
   params = jax.device_put(params, layout.tree_shardings(AXES, params))
   optimizer = OPTIMIZER.init(params)
 
   def fill(leaf):
     place = leaf.sharding if leaf.ndim else layout.replicated()
-    values = draw(size=leaf.shape) if leaf.ndim else step
-    return jax.device_put(np.asarray(values, leaf.dtype), place)
+    values = np.frombuffer(random.bytes(leaf.nbytes), leaf.dtype)
+    return jax.device_put(values.reshape(leaf.shape), place)
 
   return types.TrainState(
     step=fill(jnp.int32(0)),
@@ -173,11 +177,12 @@ def flip_a_byte_of_the_largest_file(folder):
   "damage",
   [
     flip_a_byte_of_the_largest_file,
-    lambda folder: shutil.rmtree(folder / "state" / "ocdbt.process_0"),
     lambda folder: (folder / "data" / "metadata").write_text(""),
     lambda folder: (folder / "state" / "_METADATA").write_text("{"),
+    lambda folder: (folder / "state" / "manifest.ocdbt").unlink(),
+    lambda folder: shutil.rmtree(folder / "state" / "ocdbt.process_0"),
     lambda folder: shutil.rmtree(folder / "state"),
-    lambda folder: shutil.rmtree(folder / "sums"),
+    lambda folder: shutil.rmtree(folder / "arrays"),
   ],
 )
 def test_damage_is_found_and_the_way_back_is_told(damage, damaged, opened):
@@ -193,27 +198,29 @@ def test_damage_is_found_and_the_way_back_is_told(damage, damaged, opened):
 
 def test_bits_of_every_array_are_compared(damaged, opened):
   """One bit of one sum is enough."""
-  path = damaged / "sums" / "metadata"
-  sums = json.loads(path.read_text())
-  sums["['params']['norm']['scale']"] ^= 1
-  path.write_text(json.dumps(sums))
-  with pytest.raises(InputError, match=r"bits of \['params'\]\['norm'\]\['sc"):
+  path = damaged / "arrays" / "metadata"
+  arrays = json.loads(path.read_text())
+  arrays["params.norm.scale"][1] ^= 1
+  path.write_text(json.dumps(arrays))
+  with pytest.raises(InputError, match=r"bits of params\.norm\.scale changed"):
     opened().restore(6, abstract(make_state()))
 
 
-def test_a_state_of_another_shape_is_refused(damaged, opened):
+def test_a_state_of_another_form_is_refused(damaged, opened):
   target = abstract(make_state())
-  larger = jax.ShapeDtypeStruct(
-    (64, 64), jnp.float32, sharding=target.params["w"].sharding
-  )
-  target = types.TrainState(
-    step=target.step,
-    params={**target.params, "w": larger},
-    optimizer=target.optimizer,
-    objective={},
-  )
-  with pytest.raises(InputError, match=r"another model .*\(64, 64\)"):
-    opened().restore(6, target)
+  w = target.params["w"]
+  params = {
+    "w": jax.ShapeDtypeStruct((64, 64), jnp.bfloat16, sharding=w.sharding),
+    "bias": w,
+    "norm": target.params["norm"],
+  }
+  with pytest.raises(
+    InputError,
+    match=r"another model or optimizer: params\.bias: absent saved, "
+    r"float32\[64, 256\] wanted; params\.w: float32\[64, 256\] saved, "
+    r"bfloat16\[64, 64\] wanted\. Use",
+  ):
+    opened().restore(6, dataclasses.replace(target, params=params))
 
 
 RUN = {
