@@ -1,0 +1,217 @@
+"""Text to ids and back, and whether two models speak the same ids.
+
+The only importer of transformers, inside functions: the import takes seconds.
+Tokenizers are read from a local folder; nothing is downloaded, no code of the
+checkpoint is run.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from opd_jax.errors import InputError
+
+_TOKENIZER_FILES = (
+  "tokenizer.json",
+  "tokenizer.model",
+  "vocab.json",
+  "vocab.txt",
+)
+_SPECIAL = ("bos", "eos", "pad", "unk")
+_PROBES = (
+  "The quick brown fox jumps over the lazy dog.",
+  "  two  spaces,\n\ta newline, a tab",
+  "3.14159 * (x + 2) ** 2 != 10",
+  "Ünïcödé “quotes” – 你好, мир 🙂",
+)
+_EXAMPLES = 5
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tokenizer:
+  """The tokenizer of a checkpoint; made by `load`.
+
+  Attributes:
+    path: the folder it was read from.
+    vocabulary: the token of every id, added tokens included.
+    special_ids: (name, id) of bos, eos, pad and unk; None where there is none.
+    stop_ids: ids that end a completion: `eos_token_id` of
+      generation_config.json, then the tokenizer's eos, each once.
+  """
+
+  path: Path
+  vocabulary: dict[int, str]
+  special_ids: tuple[tuple[str, int | None], ...]
+  stop_ids: tuple[int, ...]
+  _backend: Any
+
+  @property
+  def id_count(self) -> int:
+    """One more than the largest id."""
+    return max(self.vocabulary) + 1
+
+  @property
+  def bos_id(self) -> int | None:
+    """The id that opens a text."""
+    return dict(self.special_ids)["bos"]
+
+  def encode(self, text: str) -> list[int]:
+    """Ids of a text, with the special tokens this tokenizer adds by itself."""
+    return list(self._backend(text, verbose=False)["input_ids"])
+
+  def decode(
+    self, ids: Iterable[int], *, skip_special_tokens: bool = True
+  ) -> str:
+    """Text of ids."""
+    return self._backend.decode(
+      list(ids),
+      skip_special_tokens=skip_special_tokens,
+      clean_up_tokenization_spaces=False,
+    )
+
+
+def load(path: str | Path) -> Tokenizer:
+  """Reads the tokenizer in a checkpoint's folder.
+
+  Raises:
+    InputError: no folder, no tokenizer in it, or one that cannot be read.
+  """
+  path = Path(path)
+  if not any((path / name).is_file() for name in _TOKENIZER_FILES):
+    raise InputError(
+      f"no tokenizer in {path}: expected one of {', '.join(_TOKENIZER_FILES)}; "
+      "copy the tokenizer files of the checkpoint into that folder"
+    )
+  # Imported here: it takes seconds, and most commands fail or finish earlier.
+  from transformers import AutoTokenizer
+
+  try:
+    backend: Any = AutoTokenizer.from_pretrained(
+      str(path), local_files_only=True, trust_remote_code=False
+    )
+  except (ImportError, KeyError, OSError, ValueError) as error:
+    raise InputError(
+      f"cannot read the tokenizer in {path}: {error}; download the checkpoint "
+      "again, or convert it to a tokenizer.json that needs no custom code"
+    ) from error
+  special = tuple(
+    (name, getattr(backend, f"{name}_token_id")) for name in _SPECIAL
+  )
+  stop_ids = _generation_stop_ids(path)
+  if backend.eos_token_id is not None:
+    stop_ids = (*stop_ids, backend.eos_token_id)
+  return Tokenizer(
+    path=path,
+    vocabulary={index: token for token, index in backend.get_vocab().items()},
+    special_ids=special,
+    stop_ids=tuple(dict.fromkeys(stop_ids)),
+    _backend=backend,
+  )
+
+
+def _generation_stop_ids(path: Path) -> tuple[int, ...]:
+  file = path / "generation_config.json"
+  if not file.is_file():
+    return ()
+  try:
+    value = json.loads(file.read_bytes()).get("eos_token_id")
+  except (ValueError, AttributeError) as error:
+    raise InputError(
+      f"{file} is not a JSON object: {error}; restore it, or delete it to stop "
+      "at the tokenizer's own end-of-sequence id"
+    ) from error
+  ids = value if isinstance(value, list) else [] if value is None else [value]
+  if not all(type(index) is int and index >= 0 for index in ids):
+    raise InputError(
+      f"eos_token_id in {file} must be an id or a list of ids, got {value!r}; "
+      "correct the file"
+    )
+  return tuple(ids)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Difference:
+  """How the ids of two tokenizers differ, student first.
+
+  Attributes:
+    ids: how many ids stand for different tokens, counting an id that only one
+      of the two knows unless it lies beyond the last id of the other.
+    examples: the first of them: (id, student token, teacher token).
+    student_extra: ids of the student beyond the teacher's last one.
+    teacher_extra: ids of the teacher beyond the student's last one.
+    special_ids: (name, student id, teacher id) of special tokens that differ.
+    probes: texts that are encoded differently.
+  """
+
+  ids: int
+  examples: tuple[tuple[int, str | None, str | None], ...]
+  student_extra: int
+  teacher_extra: int
+  special_ids: tuple[tuple[str, int | None, int | None], ...]
+  probes: tuple[str, ...]
+
+
+def compare(
+  student: Tokenizer, teacher: Tokenizer, probes: Sequence[str] = _PROBES
+) -> Difference:
+  """Compares two tokenizers id by id, and on a few texts."""
+  shared = min(student.id_count, teacher.id_count)
+  pairs = (
+    (index, student.vocabulary.get(index), teacher.vocabulary.get(index))
+    for index in range(shared)
+  )
+  differing = [pair for pair in pairs if pair[1] != pair[2]]
+  return Difference(
+    ids=len(differing),
+    examples=tuple(differing[:_EXAMPLES]),
+    student_extra=sum(index >= shared for index in student.vocabulary),
+    teacher_extra=sum(index >= shared for index in teacher.vocabulary),
+    special_ids=tuple(
+      (name, ours, theirs)
+      for (name, ours), (_, theirs) in zip(
+        student.special_ids, teacher.special_ids, strict=True
+      )
+      if ours != theirs
+    ),
+    probes=tuple(
+      text for text in probes if student.encode(text) != teacher.encode(text)
+    ),
+  )
+
+
+def check_same(student: Tokenizer, teacher: Tokenizer) -> Difference:
+  """Makes sure that a teacher can score the student's ids.
+
+  Extra ids beyond the other's last one (padding rows) and different special
+  ids (a base model and its chat version) are allowed; the result tells them.
+
+  Raises:
+    InputError: an id stands for different tokens, or a text is encoded
+      differently.
+  """
+  difference = compare(student, teacher)
+  names = f"student {student.path} and teacher {teacher.path}"
+  remedy = (
+    "choose a teacher of the student's tokenizer family: its scores are about "
+    "the student's ids"
+  )
+  if difference.ids:
+    shown = ", ".join(
+      f"{index}: {ours!r} / {theirs!r}"
+      for index, ours, theirs in difference.examples
+    )
+    raise InputError(
+      f"the tokenizers of {names} differ in {difference.ids} of "
+      f"{min(student.id_count, teacher.id_count)} ids; the first are {shown}; "
+      f"{remedy}"
+    )
+  if difference.probes:
+    text = difference.probes[0]
+    raise InputError(
+      f"the tokenizers of {names} have the same ids but encode {text!r} as "
+      f"{student.encode(text)[:8]} and {teacher.encode(text)[:8]} (first 8 "
+      f"ids); {remedy}"
+    )
+  return difference
