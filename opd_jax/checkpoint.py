@@ -41,7 +41,6 @@ _FREE_KEYS = (
   "batch.micro_batches",
   "batch.chunk_tokens",
   "student.remat",
-  "teacher.remat",
 )
 
 

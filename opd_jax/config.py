@@ -26,13 +26,23 @@ class ModelSource:
 
   Attributes:
     path: a local folder, or `org/name` or `org/name@revision` in the Hub cache.
-    compute_dtype: of activations, and of the weights while they are used.
-    remat: what the backward pass recomputes: "none" keeps every activation of
-      a layer, "full" keeps a layer's input only, "dots" also keeps products.
+    compute_dtype: of activations, and of the weights while they are used. A
+      frozen model is held in it; a trained one has float32 master weights.
   """
 
   path: str
   compute_dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainedModelSource(ModelSource):
+  """A Hugging Face checkpoint to start the training from.
+
+  Attributes:
+    remat: what the backward pass recomputes: "none" keeps every activation of
+      a layer, "full" keeps a layer's input only, "dots" also keeps products.
+  """
+
   remat: Literal["none", "dots", "full"] = "none"
 
 
@@ -298,18 +308,24 @@ class LogConfig:
     every: steps between metric records; the device is not waited for between.
     sample_every: steps between decoded samples in the log.
     samples: completions shown each time.
-    profile_steps: write a profiler trace of the steps [first, last]; None off.
+    time_split_every: steps between measurements of the time that sampling and
+      teacher scoring take, each run once more as a program of its own; None
+      for never, which saves compiling them.
+    profile_steps: (first, last) step of a profiler trace; None for off.
   """
 
   every: int = 10
   sample_every: int = 50
   samples: int = 2
+  time_split_every: int | None = 100
   profile_steps: tuple[int, ...] | None = None
 
   def __post_init__(self):
-    for name in ("every", "sample_every"):
+    for name in ("every", "sample_every", "time_split_every"):
       value = getattr(self, name)
-      _require(value >= 1, f"log.{name} must be >= 1, got {value}")
+      _require(
+        value is None or value >= 1, f"log.{name} must be >= 1, got {value}"
+      )
     _require(self.samples >= 0, f"log.samples must be >= 0, got {self.samples}")
     steps = self.profile_steps
     _require(
@@ -340,7 +356,7 @@ class RunConfig:
       two with the host between them. Tokens and weights are the same.
   """
 
-  student: ModelSource
+  student: TrainedModelSource
   teacher: ModelSource
   data: DataConfig
   sampling: SamplingConfig = SamplingConfig()

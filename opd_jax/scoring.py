@@ -131,9 +131,9 @@ class Scorer:
     states = states[:, first : first + batch.tokens.shape[1]]
     return jnp.where(batch.loss_mask[:, :, None], states, 0)
 
-  def head(self, role: str, parameters: Parameters) -> Params:
+  def head(self, role: str, params: Params) -> Params:
     """The weights of a role's vocabulary head."""
-    return self.model(role).split_head(parameters.of(role))[1]
+    return self.model(role).split_head(params)[1]
 
   def fields(
     self,
@@ -142,14 +142,21 @@ class Scorer:
     heads: Mapping[str, Params],
     batch: ScoringBatch,
   ) -> tuple[dict[str, ModelScores], Observed]:
-    """Scores [B, T] of the roles in `hidden`, without gradient."""
+    """Scores [B, T] of the roles in `hidden`, without gradient.
+
+    Whole distributions are left out: they exist in the gradient pass only.
+    """
     chunks = Chunks.of(self, batch)
+    requests = {
+      role: dataclasses.replace(getattr(needs, role), vocab_logprobs=False)
+      for role in hidden
+    }
 
     def body(_: None, part: Any) -> Any:
       states, tokens, mask = part
       pairs = {
         role: self._score(
-          role, getattr(needs, role), heads[role], states[role], tokens, mask
+          role, requests[role], heads[role], states[role], tokens, mask
         )
         for role in hidden
       }
@@ -183,7 +190,7 @@ class Scorer:
     return self.fields(
       objective.prepare_needs,
       {role: states[role] for role in roles},
-      {role: self.head(role, parameters) for role in roles},
+      {role: self.head(role, parameters.of(role)) for role in roles},
       batch,
     )
 
@@ -242,7 +249,9 @@ class Scorer:
       signals=prepare(fields),
       known=known,
       fixed=fixed,
-      fixed_heads={role: self.head(role, parameters) for role in fixed},
+      fixed_heads={
+        role: self.head(role, parameters.of(role)) for role in fixed
+      },
     )
     run_loop = loop.whole_rows if objective.needs.whole_rows else loop.pointwise
     (losses, statistics, seen), (in_states, in_head) = run_loop(trained, head)

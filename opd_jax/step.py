@@ -28,6 +28,7 @@ from opd_jax.objectives.base import Objective, Schedule, Signals
 from opd_jax.optim import state_shardings
 from opd_jax.scoring import (
   Evaluation,
+  Observed,
   Parameters,
   Scorer,
   add_trees,
@@ -131,23 +132,16 @@ class Step:
       vocab_size=self.scorer.vocab_size,
     )
 
-  def score(
-    self, params: Params, frozen: Frozen, batch: ScoringBatch
-  ) -> dict[str, ModelScores]:
-    """Scores by every model of the run, without gradient."""
-    parameters = Parameters(student=params, **frozen)
-    needs = self.objective.needs
-    roles = needs.roles()
-    fields, _ = self.scorer.fields(
-      needs,
-      {
-        role: self.scorer.hidden(role, parameters.of(role), batch)
-        for role in roles
-      },
-      {role: self.scorer.head(role, parameters) for role in roles},
+  def score(self, frozen: Frozen, batch: ScoringBatch) -> Observed:
+    """What the frozen models say of the drawn tokens, by itself."""
+    roles = [role for role in self.objective.needs.roles() if role in frozen]
+    _, observed = self.scorer.fields(
+      self.objective.needs,
+      {role: self.scorer.hidden(role, frozen[role], batch) for role in roles},
+      {role: self.scorer.head(role, frozen[role]) for role in roles},
       batch,
     )
-    return fields
+    return observed
 
   def gradient(
     self, state: TrainState, frozen: Frozen, batch: ScoringBatch
@@ -323,7 +317,7 @@ class Step:
 def step_metrics(evaluation: Evaluation, batch: ScoringBatch) -> Metrics:
   """What a step tells, from before its update; means run over loss tokens.
 
-  `loss` is the sum of the terms `loss/NAME`; `teacher/kl` the mean of
+  `train/loss` is the sum of the terms `loss/NAME`; `teacher/kl` the mean of
   log student - log teacher over drawn tokens, the sampled estimate of
   KL(student || teacher) in nats; `mismatch` compares the log-probabilities of
   the sampler and of the scoring forward of the same weights.
@@ -334,7 +328,7 @@ def step_metrics(evaluation: Evaluation, batch: ScoringBatch) -> Metrics:
   def mean(values: Float[Array, "B T"]) -> Float[Array, ""]:
     return jnp.sum(jnp.where(mask, values, 0.0)) / count
 
-  metrics = {"loss": sum(evaluation.losses.values(), jnp.float32(0.0))}
+  metrics = {"train/loss": sum(evaluation.losses.values(), jnp.float32(0.0))}
   metrics |= {f"loss/{k}": v for k, v in evaluation.losses.items()}
   metrics |= {f"objective/{k}": v for k, v in evaluation.statistics.items()}
   for role, seen in evaluation.observed.items():

@@ -105,9 +105,7 @@ def make_state(step):
     )
 
   params = init(step.scorer.student, 0)
-  shardings = jax.tree.map(
-    lambda leaf: leaf.sharding, step.abstract_state()
-  )
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, step.abstract_state())
   state = jax.jit(step.init_state, out_shardings=shardings)(params)
   return state, {"teacher": init(step.scorer.teacher, 1)}
 

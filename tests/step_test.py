@@ -152,9 +152,7 @@ def test_sampler_and_scorer_agree():
   )
   assert float(metrics["mismatch/max"]) <= 1e-5
   # On policy the loss is the sampled reverse KL itself.
-  np.testing.assert_allclose(
-    metrics["loss"], metrics["teacher/kl"], rtol=1e-5
-  )
+  np.testing.assert_allclose(metrics["loss"], metrics["teacher/kl"], rtol=1e-5)
 
 
 def test_fused_is_split():
@@ -194,9 +192,7 @@ def test_eight_devices_are_one(name, micro_batches):
   )
   one = engine.make_step(name)
   single, frozen_one, *_ = _case()
-  single = dataclasses.replace(
-    single, objective=one.objective.init_state()
-  )
+  single = dataclasses.replace(single, objective=one.objective.init_state())
   expected = jax.jit(one.gradient)(
     single, frozen_one, one.scoring_batch(rollout, inputs)
   )

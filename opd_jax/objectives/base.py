@@ -206,11 +206,19 @@ class Objective:
   @classmethod
   def bind(cls, name: str, module: Any, config: Any) -> "Objective":
     """Takes the functions a module has, and the defaults for the others."""
+    before = getattr(module, "prepare_needs", _no_needs)(config)
+    wide = [role for role in ROLES if getattr(before, role).vocab_logprobs]
+    if wide:
+      raise InputError(
+        f"prepare_needs of {name} asks for vocab_logprobs (of "
+        f"{', '.join(wide)}): whole distributions exist for a chunk of T at a "
+        "time only, in `terms`"
+      )
     return cls(
       name=name,
       config=config,
       needs=module.needs(config),
-      prepare_needs=getattr(module, "prepare_needs", _no_needs)(config),
+      prepare_needs=before,
       terms_fn=module.terms,
       prepare_fn=getattr(module, "prepare", _no_signals),
       init_state_fn=getattr(module, "init_state", _no_state),

@@ -1,0 +1,83 @@
+"""Floating-point operations of a step, and what a device could do at most.
+
+A product of [n, k] and [k, m] counts 2 n k m; a backward pass counts twice its
+forward. What rematerialisation computes again is not counted, so that the
+utilisation (MFU) is about useful work.
+"""
+
+from opd_jax.models import ModelConfig
+
+# Dense bfloat16 operations per second and device, from the makers' data sheets.
+_PEAK = {
+  "TPU v4": 275e12,
+  "TPU v5 lite": 197e12,
+  "TPU v5e": 197e12,
+  "TPU v5p": 459e12,
+  "TPU v5": 459e12,
+  "TPU v6 lite": 918e12,
+  "TPU v6e": 918e12,
+  "NVIDIA A100": 312e12,
+  "NVIDIA H100": 989e12,
+  "NVIDIA H200": 989e12,
+}
+
+
+def peak(device_kind: str) -> float | None:
+  """Peak operations per second of a device; None for one not in the table."""
+  for name, rate in _PEAK.items():
+    if device_kind.startswith(name):
+      return rate
+  return None
+
+
+def forward(
+  config: ModelConfig, tokens: float, context: float, predicted: float
+) -> float:
+  """Operations of a forward pass.
+
+  Args:
+    config: of the model.
+    tokens: run through the blocks.
+    context: tokens each of them attends to, on average.
+    predicted: tokens whose next-token logits are computed.
+  """
+  heads = config.num_heads * config.head_size
+  kv_heads = config.num_kv_heads * config.head_size
+  weights = config.hidden_size * (
+    2 * heads + 2 * kv_heads + 3 * config.intermediate_size
+  )
+  per_token = config.num_layers * (2 * weights + 4 * heads * context)
+  head = 2 * config.hidden_size * config.vocab_size
+  return tokens * per_token + predicted * head
+
+
+def step(
+  student: ModelConfig,
+  frozen: tuple[ModelConfig, ...],
+  *,
+  prompts: int,
+  rows: int,
+  prompt_length: float,
+  completion_length: float,
+) -> float:
+  """Operations of one step on real (not padded) tokens.
+
+  Args:
+    student: sampled from, and trained.
+    frozen: models that score every row.
+    prompts: that are prefilled.
+    rows: completions.
+    prompt_length: tokens per prompt, on average.
+    completion_length: tokens per completion, on average.
+  """
+  drawn = rows * completion_length
+  length = prompt_length + completion_length
+  prefill = forward(
+    student, prompts * prompt_length, prompt_length / 2, prompts
+  )
+  decode = forward(student, drawn, prompt_length + completion_length / 2, drawn)
+
+  def score(config: ModelConfig) -> float:
+    return forward(config, rows * length, length / 2, drawn)
+
+  return prefill + decode + 3 * score(student) + sum(map(score, frozen))

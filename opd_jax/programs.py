@@ -1,0 +1,134 @@
+"""The compiled programs of a step: made before the first step, and only then.
+
+A program compiled ahead of time cannot recompile: arguments of another shape
+or place raise instead.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+
+from opd_jax.step import Frozen, Metrics, Step
+from opd_jax.types import Rollout, StepInputs, TrainState
+
+
+def shape_of(tree: Any) -> Any:
+  """The `ShapeDtypeStruct`s of a tree of placed arrays."""
+  return jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=leaf.sharding
+    ),
+    tree,
+  )
+
+
+class Programs:
+  """A step as "fused" (one program) or "split" (two).
+
+  Attributes:
+    compile_seconds: spent compiling so far.
+    compiled: programs compiled so far, by name.
+  """
+
+  def __init__(self, step: Step, mode: Literal["fused", "split"]):
+    """Compiles nothing yet; see `compile`."""
+    self._step = step
+    self._mode = mode
+    self.compile_seconds = 0.0
+    self.compiled: dict[str, Any] = {}
+
+  def compile(
+    self, state: TrainState, frozen: Frozen, inputs: StepInputs
+  ) -> None:
+    """Compiles what `__call__` runs.
+
+    Args:
+      state: arrays or `ShapeDtypeStruct`s with their shardings; donated.
+      frozen: likewise; never donated.
+      inputs: likewise.
+    """
+    places = jax.tree.map(lambda leaf: leaf.sharding, state)
+    step = self._step
+    if self._mode == "fused":
+      self._compile(
+        "train",
+        step.train,
+        (state, frozen, inputs),
+        donate_argnums=0,
+        out_shardings=(places, None, None),
+      )
+      return
+    self._compile_rollout(state, inputs)
+    self._compile(
+      "update",
+      step.update_from,
+      (state, frozen, inputs, self._rollout_shape(state, inputs)),
+      donate_argnums=0,
+      out_shardings=(places, None),
+    )
+
+  def __call__(
+    self, state: TrainState, frozen: Frozen, inputs: StepInputs
+  ) -> tuple[TrainState, Metrics, Rollout]:
+    """Runs a step; `state` is used up."""
+    if self._mode == "fused":
+      return self.compiled["train"](state, frozen, inputs)
+    rollout = self.compiled["rollout"](state.params, state.step, inputs.prompts)
+    state, metrics = self.compiled["update"](state, frozen, inputs, rollout)
+    return state, metrics, rollout
+
+  def time_split(
+    self, state: TrainState, frozen: Frozen, inputs: StepInputs
+  ) -> dict[str, float]:
+    """Seconds of sampling and of teacher scoring, each run by itself.
+
+    Nothing of the run changes. The programs are compiled at the first call.
+    """
+    self._compile_rollout(state, inputs)
+
+    def score(frozen: Frozen, inputs: StepInputs, rollout: Rollout) -> Any:
+      return self._step.score(frozen, self._step.scoring_batch(rollout, inputs))
+
+    shape = self._rollout_shape(state, inputs)
+    self._compile("score", score, (frozen, inputs, shape))
+    jax.block_until_ready(state)
+    rollout, sample_seconds = _timed(
+      self.compiled["rollout"], state.params, state.step, inputs.prompts
+    )
+    _, score_seconds = _timed(self.compiled["score"], frozen, inputs, rollout)
+    return {"time/sample": sample_seconds, "time/score": score_seconds}
+
+  def _compile_rollout(self, state: TrainState, inputs: StepInputs) -> None:
+    arguments = (state.params, state.step, inputs.prompts)
+    self._compile("rollout", self._step.rollout, arguments)
+
+  def _rollout_shape(self, state: TrainState, inputs: StepInputs) -> Rollout:
+    shapes = jax.eval_shape(
+      self._step.rollout, state.params, state.step, inputs.prompts
+    )
+    places = self.compiled["rollout"].output_shardings
+    return jax.tree.map(
+      lambda leaf, place: jax.ShapeDtypeStruct(
+        leaf.shape, leaf.dtype, sharding=place
+      ),
+      shapes,
+      places,
+    )
+
+  def _compile(
+    self, name: str, function: Callable, arguments: Any, **options: Any
+  ) -> None:
+    if name in self.compiled:
+      return
+    start = time.monotonic()
+    jitted = jax.jit(function, **options)
+    self.compiled[name] = jitted.lower(*shape_of(arguments)).compile()
+    self.compile_seconds += time.monotonic() - start
+
+
+def _timed(function: Callable, *arguments: Any) -> tuple[Any, float]:
+  start = time.monotonic()
+  result = jax.block_until_ready(function(*arguments))
+  return result, time.monotonic() - start

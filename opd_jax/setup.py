@@ -1,0 +1,184 @@
+"""From a config to everything a run needs, checked before any device work.
+
+Files are opened, headers read, tokenizers compared, prompts tokenised and the
+mesh tried against the models' shapes. What is wrong raises `InputError` here.
+"""
+
+import dataclasses
+
+import jax
+from jax.sharding import Mesh
+
+from opd_jax import evaluate, objectives, optim, tokenizer
+from opd_jax.config import RunConfig
+from opd_jax.data import Prompts
+from opd_jax.errors import InputError
+from opd_jax.evaluate import HeldOut
+from opd_jax.models import Model, ModelConfig, hf
+from opd_jax.objectives.base import Objective
+from opd_jax.scoring import Scorer
+from opd_jax.sharding import DECODE_RULES, TRAIN_RULES, Layout, make_mesh
+from opd_jax.step import Step
+from opd_jax.tokenizer import Difference, Tokenizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setup:
+  """What a run is made of, on the host.
+
+  Attributes:
+    config: of the run.
+    student: its architecture.
+    teacher: its architecture.
+    tokenizer: of the student.
+    difference: between the tokenizers of student and teacher.
+    vocab_size: ids that both models and the tokenizer have.
+    stop_ids: end a completion.
+    prompts: endless batches.
+    held_out: texts of the evaluation, if there is one.
+    objective: what is descended.
+  """
+
+  config: RunConfig
+  student: ModelConfig
+  teacher: ModelConfig
+  tokenizer: Tokenizer
+  difference: Difference
+  vocab_size: int
+  stop_ids: tuple[int, ...]
+  prompts: Prompts
+  held_out: HeldOut | None
+  objective: Objective
+
+
+def prepare(config: RunConfig) -> Setup:
+  """Reads and checks all a run needs.
+
+  Raises:
+    InputError: whatever is wrong with the config, the checkpoints, the
+      tokenizers or the data.
+  """
+  objective = objectives.create(config.objective)
+  _check_supported(objective)
+  models = {}
+  for role, source in (
+    ("student", config.student),
+    ("teacher", config.teacher),
+  ):
+    models[role] = hf.read_config(source.path)
+    hf.check(source.path, models[role])
+    _check_window(role, models[role], config)
+  student_tokenizer = tokenizer.load(hf.resolve(config.student.path))
+  teacher_tokenizer = tokenizer.load(hf.resolve(config.teacher.path))
+  difference = tokenizer.check_same(student_tokenizer, teacher_tokenizer)
+  vocab_size = min(
+    models["student"].vocab_size,
+    models["teacher"].vocab_size,
+    student_tokenizer.id_count,
+  )
+  stop_ids = config.sampling.stop_ids
+  if stop_ids is None:
+    stop_ids = student_tokenizer.stop_ids
+  prompts = Prompts(
+    config.data,
+    student_tokenizer.encode,
+    seed=config.seed,
+    batch_size=config.batch.prompts,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+  return Setup(
+    config=config,
+    student=models["student"],
+    teacher=models["teacher"],
+    tokenizer=student_tokenizer,
+    difference=difference,
+    vocab_size=vocab_size,
+    stop_ids=stop_ids,
+    prompts=prompts,
+    held_out=None
+    if config.eval.path is None
+    else evaluate.read(config.eval, student_tokenizer.encode),
+    objective=objective,
+  )
+
+
+def make_step(setup: Setup, mesh: Mesh | None = None) -> Step:
+  """The step of a run on a mesh, by default that of the config.
+
+  Raises:
+    InputError: the mesh divides neither the devices, the batch nor a model.
+  """
+  config = setup.config
+  if mesh is None:
+    mesh = make_mesh(dataclasses.asdict(config.mesh))
+  train = Layout.create(mesh, TRAIN_RULES)
+  decode = Layout.create(mesh, DECODE_RULES)
+  _check_batch(config, train.shards("batch"))
+  student = Model(
+    setup.student, train, config.student.compute_dtype, config.student.remat
+  )
+  scorer = Scorer(
+    student=student,
+    teacher=Model(setup.teacher, train, config.teacher.compute_dtype),
+    vocab_size=setup.vocab_size,
+    temperature=config.sampling.temperature or 1.0,
+    chunk_tokens=config.batch.chunk_tokens,
+  )
+  for model in (scorer.student, scorer.teacher):
+    model.abstract_params()
+  return Step(
+    decoder=Model(setup.student, decode, config.student.compute_dtype),
+    scorer=scorer,
+    objective=setup.objective,
+    optimizer=optim.build(config.optimizer, config.steps),
+    learning_rate=optim.learning_rate(config.optimizer, config.steps),
+    sampling=config.sampling,
+    stop_ids=setup.stop_ids,
+    rollouts=config.batch.rollouts,
+    micro_batches=config.batch.micro_batches,
+    steps=config.steps,
+    seed=config.seed,
+  )
+
+
+def _check_supported(objective: Objective) -> None:
+  needs = objective.needs
+  for role in ("reference", "student_privileged"):
+    if getattr(needs, role):
+      raise InputError(
+        f"objective {objective.name} needs {role}, which a config cannot name "
+        "yet; choose an objective that needs student and teacher only"
+      )
+  if needs.host:
+    raise InputError(
+      f"objective {objective.name} needs a host stage, and none is registered"
+    )
+
+
+def _check_window(role: str, model: ModelConfig, config: RunConfig) -> None:
+  prompt, completion = (
+    config.data.max_prompt_tokens,
+    config.sampling.max_new_tokens,
+  )
+  if prompt + completion > model.max_positions:
+    raise InputError(
+      f"data.max_prompt_tokens + sampling.max_new_tokens = {prompt} + "
+      f"{completion} = {prompt + completion} exceeds the {role}'s window of "
+      f"{model.max_positions} positions ({getattr(config, role).path}); "
+      "lower one of them"
+    )
+
+
+def _check_batch(config: RunConfig, shards: int) -> None:
+  batch = config.batch
+  rows = batch.prompts * batch.rollouts // batch.micro_batches
+  for name, size in (
+    (f"batch.prompts = {batch.prompts}", batch.prompts),
+    (f"rows of a micro-batch = {rows}", rows),
+  ):
+    if size % shards:
+      raise InputError(
+        f"{name} is not divisible by the {shards} shards of the batch (mesh "
+        "replica x fsdp); change batch.prompts, batch.micro_batches or mesh"
+      )
