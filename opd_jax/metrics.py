@@ -18,9 +18,9 @@ import tensorboardX
 
 # What `Progress` shows: metric, label, format.
 _SHOWN = (
-  ("train/loss", "loss", "{:.4f}"),
+  ("loss", "loss", "{:.4f}"),
   ("eval/loss", "held-out loss", "{:.4f}"),
-  ("train/tokens_per_second", "tokens/s", "{:,.0f}"),
+  ("speed/tokens_per_second", "tokens/s", "{:,.0f}"),
 )
 
 
