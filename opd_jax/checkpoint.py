@@ -65,6 +65,7 @@ class Checkpoints:
       InputError: nothing to read there.
     """
     self._directory = epath.Path(directory).expanduser().resolve()
+    self._saving: int | None = None
     if config is None:
       if not self._directory.is_dir():
         raise InputError(
@@ -196,7 +197,7 @@ class Checkpoints:
       )
       saved = {name: tuple(entry) for name, entry in texts["arrays"].items()}
     except Exception as error:
-      raise self._damaged(wanted, str(error)) from error
+      raise self._damaged(wanted, _first_line(error)) from error
     self._check_fits(wanted, saved, target)
     try:
       state = self._manager.restore(
@@ -206,7 +207,7 @@ class Checkpoints:
     except jax.errors.JaxRuntimeError:
       raise
     except Exception as error:
-      raise self._damaged(wanted, str(error)) from error
+      raise self._damaged(wanted, _first_line(error)) from error
     found = _inventory(state)
     bad = [name for name in found if found[name] != saved[name]]
     if bad:
@@ -292,6 +293,11 @@ def _loss(metrics: Mapping[str, float]) -> float:
 
 def _listed(steps: Sequence[int]) -> str:
   return ", ".join(map(str, steps)) or "none"
+
+
+def _first_line(error: Exception) -> str:
+  """Errors of orbax go on with pages of specifications."""
+  return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 def _to_dict(state: TrainState) -> dict[str, Any]:

@@ -18,9 +18,9 @@ import tensorboardX
 
 # What `Progress` shows: metric, label, format.
 _SHOWN = (
-  ("train/loss", "loss", "{:.4f}"),
+  ("loss", "loss", "{:.4f}"),
   ("eval/loss", "held-out loss", "{:.4f}"),
-  ("train/tokens_per_second", "tokens/s", "{:,.0f}"),
+  ("speed/tokens_per_second", "tokens/s", "{:,.0f}"),
 )
 
 
@@ -41,8 +41,11 @@ class Writer:
     keep = -1 if resumed_step is None else resumed_step
     self._metrics = _reopen(workdir / "metrics.jsonl", keep)
     self._samples = _reopen(workdir / "samples.jsonl", keep)
+    # Names of event files count seconds: a quick restart must not reuse one.
     self._board = tensorboardX.SummaryWriter(
-      logdir=str(workdir / "tensorboard"), purge_step=keep + 1
+      logdir=str(workdir / "tensorboard"),
+      purge_step=keep + 1,
+      filename_suffix=f".{keep + 1}",
     )
 
   def metrics(self, step: int, values: Mapping[str, float]) -> None:
@@ -84,7 +87,7 @@ def _reopen(path: Path, keep: int) -> TextIO:
 
 
 def _append(file: TextIO, record: Mapping[str, Any]) -> None:
-  file.write(json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n")
+  file.write(json.dumps(record, allow_nan=False) + "\n")
   file.flush()
 
 

@@ -7,6 +7,7 @@ checkpoint is run.
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,8 @@ def load(path: str | Path) -> Tokenizer:
       f"no tokenizer in {path}: expected one of {', '.join(_TOKENIZER_FILES)}; "
       "copy the tokenizer files of the checkpoint into that folder"
     )
-  # Imported here: it takes seconds, and most commands fail or finish earlier.
+  # It would advise to install PyTorch, which tokenizers do not need.
+  os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
   from transformers import AutoTokenizer
 
   try:
