@@ -59,7 +59,7 @@ def draw(
   peak = jnp.max(blocks, axis=(1, 2))
   masses = jnp.sum(jnp.exp(blocks - peak[:, None, None]), axis=2)
   cumulative = jnp.cumsum(masses, axis=1)
-  total = cumulative[:, -1]
+  total = jnp.max(cumulative, axis=1)
   block, rest = _pick(masses, cumulative, uniform * total)
   chosen = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
   weights = jnp.exp(chosen - peak[:, None])
