@@ -51,7 +51,8 @@ class Toy:
 
   def decode(self, params, cache, tokens, positions, slot):
     if self.decoded is not None:
-      jax.debug.callback(lambda slot: self.decoded.append(int(slot)), slot)
+      record = lambda *call: self.decoded.append(jax.tree.map(np.asarray, call))
+      jax.debug.callback(record, slot, positions, ordered=True)
     update = lambda buffer, column: jax.lax.dynamic_update_slice_in_dim(
       buffer, column[:, None], slot, axis=1
     )
@@ -228,7 +229,8 @@ def test_the_loop_ends_with_its_longest_row():
     toy = Toy(decoded=[])
     rollout = draw(stop_ids=stop_ids, toy=toy, max_new_tokens=length)
     jax.effects_barrier()
-    longest = np.asarray(rollout.sampled_mask).sum(axis=1).max()
+    lengths = np.asarray(rollout.sampled_mask).sum(axis=1)
+    longest = lengths.max()
     if len(stop_ids) == VOCAB:
       assert longest == 1
       assert np.all(rollout.stop_reason == STOP_ID)
@@ -238,7 +240,13 @@ def test_the_loop_ends_with_its_longest_row():
     else:
       assert longest < length
     # The last token is drawn, but never decoded; slots follow the prompts'.
-    assert sorted(toy.decoded) == list(range(6, 6 + longest - 1))
+    # A row that has ended writes position -1.
+    assert [int(slot) for slot, _ in toy.decoded] == [*range(6, 5 + longest)]
+    for t, (_, positions) in enumerate(toy.decoded):
+      starts = np.array([len(prompt) for prompt in PROMPTS])
+      np.testing.assert_array_equal(
+        positions, np.where(t + 1 < lengths, starts + t, -1)
+      )
 
 
 def test_one_compilation_serves_every_key_and_prompt():
