@@ -3,7 +3,7 @@
 Inverse CDF on two levels: the vocabulary is cut into `BLOCKS` runs of columns;
 the uniform picks a run by the runs' masses, what is left of it picks a column
 inside the run. One pass takes the maximum, one the masses, and nothing of size
-V is written, sorted or drawn: at [8, 32000] on a CPU 15 times faster than
+V is written, sorted or drawn: at [8, 32000] on a CPU ten times faster than
 `jax.random.categorical`, which draws a Gumbel variable per column.
 
 A vocabulary padded to a multiple of `BLOCKS` and spread over a power of two of
@@ -59,7 +59,7 @@ def draw(
   peak = jnp.max(blocks, axis=(1, 2))
   masses = jnp.sum(jnp.exp(blocks - peak[:, None, None]), axis=2)
   cumulative = jnp.cumsum(masses, axis=1)
-  total = cumulative[:, -1]
+  total = jnp.max(cumulative, axis=1)
   block, rest = _pick(masses, cumulative, uniform * total)
   chosen = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
   weights = jnp.exp(chosen - peak[:, None])
