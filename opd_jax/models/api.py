@@ -222,7 +222,7 @@ class Model:
     positions: Int[Array, "B S"],
     keep_cache: bool,
   ) -> tuple[Float[Array, "B S D"], Any]:
-    """Hidden states before the final norm; keys and values `[L, B, M, S, H]`."""
+    """Hidden states before the final norm, and all layers' keys and values."""
     config = self.config
     visible = _visible(positions, positions)
     turn = rope.angles(config.rope, config.head_size, positions)

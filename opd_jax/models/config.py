@@ -224,7 +224,7 @@ class ModelConfig:
     )
 
   def to_hf(self) -> dict[str, Any]:
-    """Fields of a `config.json` that transformers 4 and 5 and `from_hf` read."""
+    """Fields that `from_hf` and transformers 4 and 5 read."""
     values = {
       "architectures": [f"{self.family.capitalize()}ForCausalLM"],
       "model_type": self.family,

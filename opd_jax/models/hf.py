@@ -24,29 +24,32 @@ CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-# Parameter -> name of its tensor, {} being the layer.
+# Parameter -> name of its tensor.
 _NAMES: Mapping[str, str] = {
   "embed.embedding": "model.embed_tokens.weight",
   "final_norm.scale": "model.norm.weight",
   "lm_head.embedding": "lm_head.weight",
-  "layers.attention_norm.scale": "model.layers.{}.input_layernorm.weight",
-  "layers.attention.query.kernel": "model.layers.{}.self_attn.q_proj.weight",
-  "layers.attention.query.bias": "model.layers.{}.self_attn.q_proj.bias",
-  "layers.attention.key.kernel": "model.layers.{}.self_attn.k_proj.weight",
-  "layers.attention.key.bias": "model.layers.{}.self_attn.k_proj.bias",
-  "layers.attention.value.kernel": "model.layers.{}.self_attn.v_proj.weight",
-  "layers.attention.value.bias": "model.layers.{}.self_attn.v_proj.bias",
-  "layers.attention.output.kernel": "model.layers.{}.self_attn.o_proj.weight",
-  "layers.attention.output.bias": "model.layers.{}.self_attn.o_proj.bias",
-  "layers.attention.query_norm.scale": "model.layers.{}.self_attn.q_norm.weight",
-  "layers.attention.key_norm.scale": "model.layers.{}.self_attn.k_norm.weight",
-  "layers.mlp_norm.scale": "model.layers.{}.post_attention_layernorm.weight",
-  "layers.mlp.gate.kernel": "model.layers.{}.mlp.gate_proj.weight",
-  "layers.mlp.gate.bias": "model.layers.{}.mlp.gate_proj.bias",
-  "layers.mlp.up.kernel": "model.layers.{}.mlp.up_proj.weight",
-  "layers.mlp.up.bias": "model.layers.{}.mlp.up_proj.bias",
-  "layers.mlp.down.kernel": "model.layers.{}.mlp.down_proj.weight",
-  "layers.mlp.down.bias": "model.layers.{}.mlp.down_proj.bias",
+}
+# The same below "layers." here and "model.layers.<index>." there.
+_LAYER_NAMES: Mapping[str, str] = {
+  "attention_norm.scale": "input_layernorm.weight",
+  "attention.query.kernel": "self_attn.q_proj.weight",
+  "attention.query.bias": "self_attn.q_proj.bias",
+  "attention.key.kernel": "self_attn.k_proj.weight",
+  "attention.key.bias": "self_attn.k_proj.bias",
+  "attention.value.kernel": "self_attn.v_proj.weight",
+  "attention.value.bias": "self_attn.v_proj.bias",
+  "attention.output.kernel": "self_attn.o_proj.weight",
+  "attention.output.bias": "self_attn.o_proj.bias",
+  "attention.query_norm.scale": "self_attn.q_norm.weight",
+  "attention.key_norm.scale": "self_attn.k_norm.weight",
+  "mlp_norm.scale": "post_attention_layernorm.weight",
+  "mlp.gate.kernel": "mlp.gate_proj.weight",
+  "mlp.gate.bias": "mlp.gate_proj.bias",
+  "mlp.up.kernel": "mlp.up_proj.weight",
+  "mlp.up.bias": "mlp.up_proj.bias",
+  "mlp.down.kernel": "mlp.down_proj.weight",
+  "mlp.down.bias": "mlp.down_proj.bias",
 }
 
 # Kernels that contract more than one dimension.
@@ -129,7 +132,8 @@ def tensors(config: ModelConfig) -> list[Tensor]:
   found = []
   for path, leaf in leaves:
     parameter = ".".join(key.key for key in path)
-    stacked = parameter.startswith(f"{transformer.STACKED}.")
+    part, _, rest = parameter.partition(".")
+    stacked = part == transformer.STACKED
     sizes = leaf.shape[1:] if stacked else leaf.shape
     inputs = 0
     if parameter.endswith(".kernel"):
@@ -141,7 +145,11 @@ def tensors(config: ModelConfig) -> list[Tensor]:
       shape = (math.prod(sizes),)
     found.extend(
       Tensor(
-        name=_NAMES[parameter].format(layer),
+        name=(
+          _NAMES[parameter]
+          if layer is None
+          else f"model.layers.{layer}.{_LAYER_NAMES[rest]}"
+        ),
         shape=shape,
         parameter=parameter,
         layer=layer,

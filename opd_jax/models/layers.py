@@ -52,6 +52,7 @@ class RMSNorm(nnx.Module):
     self.eps = eps
 
   def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    """Norms the last dimension; float32 inside."""
     wide = x.astype(jnp.float32)
     square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
     normed = wide * jax.lax.rsqrt(square + self.eps)
@@ -89,6 +90,7 @@ class Linear(nnx.Module):
     self.equation = f"...{contracted},{dims}->...{free}"
 
   def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The product, in the dtype of x."""
     y = product(self.equation, x, self.kernel[...].astype(x.dtype))
     if self.bias is None:
       return y
@@ -184,6 +186,7 @@ class MLP(nnx.Module):
     self.down = Linear(wide, width, ("ffw", "embed"), bias=bias, rngs=rngs)
 
   def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """Each token by itself."""
     return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
 
 

@@ -13,9 +13,9 @@ def frequencies(rope: Rope, head_size: int) -> tuple[np.ndarray, float]:
   """Radians per position of each pair, and the factor on cosine and sine.
 
   Pair i of H/2 turns by theta^(-2 i / H) per position. "linear" divides that by
-  `factor`; "llama3" divides long wavelengths only, with a smooth passage; "yarn"
-  (arXiv:2309.00071) blends by the number of turns in the original window and
-  scales the attention.
+  `factor`; "llama3" only where a turn is long against the original window, with
+  a smooth passage; "yarn" (arXiv:2309.00071) likewise by pair, and scales the
+  attention.
 
   Returns:
     `[H / 2]` float32, and the factor (1 except for "yarn").
