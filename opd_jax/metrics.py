@@ -18,9 +18,9 @@ import tensorboardX
 
 # What `Progress` shows: metric, label, format.
 _SHOWN = (
-  ("loss", "loss", "{:.4f}"),
+  ("train/loss", "loss", "{:.4f}"),
   ("eval/loss", "held-out loss", "{:.4f}"),
-  ("speed/tokens_per_second", "tokens/s", "{:,.0f}"),
+  ("train/tokens_per_second", "tokens/s", "{:,.0f}"),
 )
 
 

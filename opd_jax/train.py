@@ -202,9 +202,9 @@ def describe(setup: Setup, step: Step) -> Iterator[str]:
   mesh = step.scorer.student.layout.mesh
   sizes = [f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1]
   yield (
-    f"student {config.student.path} ({setup.student.num_parameters:,} "
+    f"student {config.student.path} ({hf.parameter_count(setup.student):,} "
     f"parameters), teacher {config.teacher.path} "
-    f"({setup.teacher.num_parameters:,})"
+    f"({hf.parameter_count(setup.teacher):,})"
   )
   yield (
     f"prompts {config.data.path}: {report.kept} of {report.rows} rows, "

@@ -110,7 +110,7 @@ def test_progress_prints_plain_lines_off_a_terminal():
     200, start=100, console=rich.console.Console(file=screen, width=40)
   )
   progress.update(100, {"eval/loss": 2.0})
-  progress.update(110, {"loss": 0.5, "speed/tokens_per_second": 12345.6})
+  progress.update(110, {"train/loss": 0.5, "train/tokens_per_second": 12345.6})
   progress.close()
   lines = screen.getvalue().splitlines()
   assert lines[0] == "step 100/200  held-out loss 2.0000"
@@ -127,7 +127,7 @@ def test_progress_keeps_the_newest_values_in_a_bar():
     console=rich.console.Console(file=screen, force_terminal=True, width=120),
   )
   progress.update(10, {"eval/loss": 2.0})
-  progress.update(12, {"loss": 0.5})
+  progress.update(12, {"train/loss": 0.5})
   progress.close()
   text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
   assert re.search(r"step 12/20 .*held-out loss 2\.0000  loss 0\.5000", text)

@@ -161,6 +161,11 @@ def tensors(config: ModelConfig) -> list[Tensor]:
   return found
 
 
+def parameter_count(config: ModelConfig) -> int:
+  """Weights of a checkpoint; tied embeddings count once."""
+  return sum(math.prod(tensor.shape) for tensor in tensors(config))
+
+
 def resolve(path: str | Path) -> Path:
   """The folder of a checkpoint; nothing is downloaded.
 
