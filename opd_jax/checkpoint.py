@@ -110,6 +110,14 @@ class Checkpoints:
       partial.write_text(json.dumps(manifest, indent=2) + "\n")
       partial.replace(file)
 
+  def read_manifest(self) -> dict[str, Any]:
+    """The config of the run, as `save_manifest` got it.
+
+    Raises:
+      InputError: there is none, or it is damaged.
+    """
+    return _read_manifest(self._directory / "manifest.json")
+
   def save(
     self,
     step: int,
@@ -353,6 +361,11 @@ def _bit_sums(leaves: list[Array]) -> list[UInt32[Array, ""]]:
 
 
 def _read_manifest(file: epath.Path) -> dict[str, Any]:
+  if not file.exists():
+    raise InputError(
+      f"there is no {file}, which says what run this is; give the workdir of a "
+      "run that has started"
+    )
   try:
     return json.loads(file.read_text())["config"]
   except (ValueError, KeyError, TypeError) as error:

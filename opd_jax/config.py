@@ -4,12 +4,15 @@ Unknown keys, wrong types and values out of range raise `InputError` here, with
 the dotted name of the key, before anything touches a device. `None` means off.
 """
 
+import ast
 import dataclasses
 import difflib
 import math
+import runpy
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from opd_jax.errors import InputError
@@ -381,6 +384,66 @@ class RunConfig:
       "objective.name must name an objective, got "
       f"{self.objective.get('name')!r}",
     )
+
+
+def load(location: str, overrides: Sequence[str] = ()) -> RunConfig:
+  """Reads an experiment: a Python file that defines `get_config`.
+
+  Args:
+    location: "FILE.py", or "FILE.py:ARG" for `get_config(ARG)`.
+    overrides: "dotted.key=value" each, set after the file has been read. A
+      value is a Python literal, or else a string.
+
+  Raises:
+    InputError: no such file, a file that does not run or gives no config, or
+      whatever `parse` complains about.
+  """
+  path, _, argument = location.partition(":")
+  if not Path(path).is_file():
+    raise InputError(
+      f"no config file {path!r}; give a Python file that defines get_config, "
+      "such as configs/tinystories_babyllama.py"
+    )
+  # A config file is the user's own program: what it raises is shown whole.
+  get_config = runpy.run_path(path).get("get_config")
+  if not callable(get_config):
+    raise InputError(f"{path} defines no function get_config")
+  values = get_config(argument) if argument else get_config()
+  if not hasattr(values, "items"):
+    raise InputError(
+      f"get_config of {path} must return a ConfigDict or a dict, got "
+      f"{type(values).__name__}"
+    )
+  values = _plain(values)
+  for override in overrides:
+    _override(values, override)
+  return parse(RunConfig, values)
+
+
+def _plain(values: Any) -> Any:
+  """Nested dicts of a ConfigDict."""
+  if not hasattr(values, "items"):
+    return values
+  return {key: _plain(value) for key, value in values.items()}
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+  name, found, text = override.partition("=")
+  _require(
+    bool(found), f"--config.{name} has no value; write --config.{name}=V"
+  )
+  try:
+    value = ast.literal_eval(text)
+  except (SyntaxError, ValueError):
+    value = text
+  *groups, key = name.split(".")
+  for group in groups:
+    values = values.setdefault(group, {})
+    _require(
+      isinstance(values, dict),
+      f"--config.{name}: {group} is not a group of keys",
+    )
+  values[key] = value
 
 
 def parse(cls: type, values: Mapping[str, Any], prefix: str = "") -> Any:

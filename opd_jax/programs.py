@@ -36,6 +36,8 @@ class Programs:
     """Compiles nothing yet; see `compile`."""
     self._step = step
     self._mode = mode
+    # Metrics and drawn tokens are small, and every host reads them.
+    self._everywhere = step.scorer.student.layout.replicated()
     self.compile_seconds = 0.0
     self.compiled: dict[str, Any] = {}
 
@@ -57,7 +59,7 @@ class Programs:
         step.train,
         (state, frozen, inputs),
         donate_argnums=0,
-        out_shardings=(places, None, None),
+        out_shardings=(places, self._everywhere, self._everywhere),
       )
       return
     self._compile_rollout(state, inputs)
@@ -66,7 +68,7 @@ class Programs:
       step.update_from,
       (state, frozen, inputs, self._rollout_shape(state, inputs)),
       donate_argnums=0,
-      out_shardings=(places, None),
+      out_shardings=(places, self._everywhere),
     )
 
   def __call__(
@@ -102,19 +104,19 @@ class Programs:
 
   def _compile_rollout(self, state: TrainState, inputs: StepInputs) -> None:
     arguments = (state.params, state.step, inputs.prompts)
-    self._compile("rollout", self._step.rollout, arguments)
+    self._compile(
+      "rollout", self._step.rollout, arguments, out_shardings=self._everywhere
+    )
 
   def _rollout_shape(self, state: TrainState, inputs: StepInputs) -> Rollout:
     shapes = jax.eval_shape(
       self._step.rollout, state.params, state.step, inputs.prompts
     )
-    places = self.compiled["rollout"].output_shardings
     return jax.tree.map(
-      lambda leaf, place: jax.ShapeDtypeStruct(
-        leaf.shape, leaf.dtype, sharding=place
+      lambda leaf: jax.ShapeDtypeStruct(
+        leaf.shape, leaf.dtype, sharding=self._everywhere
       ),
       shapes,
-      places,
     )
 
   def _compile(

@@ -81,45 +81,20 @@ class Step:
 
   def init_state(self, params: Params) -> TrainState:
     """The state before the first step."""
-    return TrainState(
-      step=jnp.zeros((), jnp.int32),
-      params=params,
-      optimizer=self.optimizer.init(params),
-      objective=dict(self.objective.init_state()),
-    )
+    return init_state(params, self.optimizer, self.objective)
 
   def abstract_state(self) -> TrainState:
     """Shapes, dtypes and places of the state, before any weight exists."""
-    params = self.scorer.student.abstract_params()
-    layout = self.scorer.student.layout
-    shapes = jax.eval_shape(self.init_state, params)
-    places = jax.tree.map(lambda _: layout.replicated(), shapes)
-    param_places = jax.tree.map(lambda leaf: leaf.sharding, params)
-    places = dataclasses.replace(
-      places,
-      params=param_places,
-      optimizer=state_shardings(
-        self.optimizer, params, param_places, layout.replicated()
-      ),
-    )
-    return jax.tree.map(
-      lambda leaf, place: jax.ShapeDtypeStruct(
-        leaf.shape, leaf.dtype, sharding=place
-      ),
-      shapes,
-      places,
-    )
+    return abstract_state(self.scorer.student, self.optimizer, self.objective)
 
   def rollout(
     self, params: Params, step: Int[Array, ""], prompts: PromptBatch
   ) -> Rollout:
     """Draws the completions of a step; the key is (seed, step)."""
     layout = self.decoder.layout
-    prompts = jax.tree.map(
-      lambda leaf: layout.constrain(
-        leaf, ("batch",) + (None,) * (leaf.ndim - 1)
-      ),
-      prompts,
+    prompts = PromptBatch(
+      tokens=layout.constrain(prompts.tokens, ("batch", None)),
+      lengths=layout.constrain(prompts.lengths, ("batch",)),
     )
     return sampling.sample(
       self.decoder,
@@ -312,6 +287,46 @@ class Step:
       return array.swapaxes(0, 1).reshape(-1, *array.shape[2:])
 
     return jax.tree.map(leaf, tree)
+
+
+def init_state(
+  params: Params,
+  optimizer: optax.GradientTransformation,
+  objective: Objective,
+) -> TrainState:
+  """The state before the first step."""
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    optimizer=optimizer.init(params),
+    objective=dict(objective.init_state()),
+  )
+
+
+def abstract_state(
+  student: Model,
+  optimizer: optax.GradientTransformation,
+  objective: Objective,
+) -> TrainState:
+  """`ShapeDtypeStruct`s of a state with its places; moments beside weights."""
+  params = student.abstract_params()
+  everywhere = student.layout.replicated()
+  shapes = jax.eval_shape(
+    lambda params: init_state(params, optimizer, objective), params
+  )
+  param_places = jax.tree.map(lambda leaf: leaf.sharding, params)
+  places = dataclasses.replace(
+    jax.tree.map(lambda _: everywhere, shapes),
+    params=param_places,
+    optimizer=state_shardings(optimizer, params, param_places, everywhere),
+  )
+  return jax.tree.map(
+    lambda leaf, place: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=place
+    ),
+    shapes,
+    places,
+  )
 
 
 def step_metrics(evaluation: Evaluation, batch: ScoringBatch) -> Metrics:

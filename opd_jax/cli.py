@@ -1,0 +1,241 @@
+"""The command line: `opd-jax COMMAND --flag=value ...`.
+
+A user's mistake ends with one line on standard error and status 2, before any
+device work. Heavy imports wait until a command needs them.
+"""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from opd_jax.errors import InputError
+
+USAGE = """usage: opd-jax COMMAND [--flag=value ...]
+
+  train     --config=FILE.py[:ARG] --workdir=DIR [--config.KEY=VALUE ...]
+            distil a student; run again to resume
+  generate  --model=DIR --prompt=TEXT [--prompt=TEXT ...]
+            complete prompts
+  export    --workdir=DIR --out=DIR [--step=latest|best|N]
+            write a checkpoint of a run as a Hugging Face model
+
+opd-jax COMMAND --help lists the flags of a command.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+  """Runs a command; returns the exit status."""
+  arguments = list(sys.argv[1:] if arguments is None else arguments)
+  if not arguments or arguments[0] in ("-h", "--help", "help"):
+    print(USAGE, end="")
+    return 0
+  name, *rest = arguments
+  if name not in _COMMANDS:
+    return _complain(f"unknown command {name!r}; known: {', '.join(_COMMANDS)}")
+  _default_compilation_cache()
+  try:
+    return _COMMANDS[name](rest)
+  except InputError as error:
+    return _complain(str(error))
+  except FloatingPointError as error:
+    _complain(str(error))
+    return 1
+
+
+def _train(arguments: Sequence[str]) -> int:
+  from absl import flags
+
+  values = flags.FlagValues()
+  options: dict[str, Any] = {"flag_values": values}
+  flags.DEFINE_string(
+    "config",
+    None,
+    "Experiment: FILE.py, or FILE.py:ARG for get_config(ARG). "
+    "--config.KEY=VALUE sets a key of it, such as --config.optimizer."
+    "learning_rate=1e-5; docs/configuration.md lists them.",
+    **options,
+  )
+  flags.DEFINE_string(
+    "workdir",
+    None,
+    "Folder of the run; resumed if it has been begun.",
+    **options,
+  )
+  flags.DEFINE_boolean(
+    "distributed",
+    False,
+    "One process of many: find the others with jax.distributed.",
+    **options,
+  )
+  overrides = [a for a in arguments if a.startswith("--config.")]
+  if not _parse(values, "train", [a for a in arguments if a not in overrides]):
+    return 0
+  _require(values, "train", "config", "workdir")
+  from opd_jax import config as config_lib
+
+  config = config_lib.load(
+    values.config,
+    [override.removeprefix("--config.") for override in overrides],
+  )
+  if values.distributed:
+    import jax
+
+    jax.distributed.initialize()
+  from opd_jax import train
+
+  summary = train.train(config, values.workdir)
+  if not summary.finished:
+    print(
+      f"stopped after step {summary.step} of {config.steps}; the same command "
+      "resumes",
+      file=sys.stderr,
+    )
+    return 128 + signal.SIGTERM
+  _report(summary)
+  return 0
+
+
+def _generate(arguments: Sequence[str]) -> int:
+  from absl import flags
+
+  values = flags.FlagValues()
+  options: dict[str, Any] = {"flag_values": values}
+  flags.DEFINE_string("model", None, "Checkpoint: DIR or org/name.", **options)
+  flags.DEFINE_multi_string("prompt", None, "Text to complete.", **options)
+  flags.DEFINE_integer("max_new_tokens", 128, "Length limit.", **options)
+  flags.DEFINE_float("temperature", 1.0, "0 is greedy.", **options)
+  flags.DEFINE_integer("top_k", None, "Likeliest k tokens only.", **options)
+  flags.DEFINE_float("top_p", None, "Nucleus of this mass only.", **options)
+  flags.DEFINE_float("min_p", None, "Least share of the top mass.", **options)
+  flags.DEFINE_integer("samples", 1, "Completions per prompt.", **options)
+  flags.DEFINE_integer("seed", 0, "Of the draws.", **options)
+  flags.DEFINE_integer("tensor", 1, "Devices to spread over.", **options)
+  flags.DEFINE_enum(
+    "dtype", "float32", ["float32", "bfloat16"], "To compute in.", **options
+  )
+  flags.DEFINE_string("json", None, "Also write to this file.", **options)
+  if not _parse(values, "generate", arguments):
+    return 0
+  _require(values, "generate", "model", "prompt")
+  from opd_jax import config as config_lib
+
+  names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p")
+  sampling = config_lib.parse(
+    config_lib.SamplingConfig, {name: values[name].value for name in names}
+  )
+  if values.samples < 1:
+    raise InputError(f"--samples must be >= 1, got {values.samples}")
+  from opd_jax import generate
+
+  completions = generate.generate(
+    values.model,
+    values.prompt,
+    sampling,
+    samples=values.samples,
+    seed=values.seed,
+    compute_dtype=values.dtype,
+    tensor=values.tensor,
+  )
+  for completion in completions:
+    print(f"{completion.prompt}{completion.text}")
+  if values.json:
+    _write(values.json, [vars(completion) for completion in completions])
+  return 0
+
+
+def _export(arguments: Sequence[str]) -> int:
+  from absl import flags
+
+  values = flags.FlagValues()
+  options: dict[str, Any] = {"flag_values": values}
+  flags.DEFINE_string("workdir", None, "Folder of the run.", **options)
+  flags.DEFINE_string("out", None, "Folder to write.", **options)
+  flags.DEFINE_string("step", "latest", "latest, best or a step.", **options)
+  flags.DEFINE_enum(
+    "dtype", "float32", ["float32", "bfloat16"], "Of the weights.", **options
+  )
+  if not _parse(values, "export", arguments):
+    return 0
+  _require(values, "export", "workdir", "out")
+  from opd_jax import run_export
+
+  step = run_export.export_run(
+    values.workdir, values.out, step=values.step, dtype=values.dtype
+  )
+  print(f"wrote step {step} to {values.out}")
+  return 0
+
+
+_COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+  "train": _train,
+  "generate": _generate,
+  "export": _export,
+}
+
+
+def _parse(values: Any, command: str, arguments: Sequence[str]) -> bool:
+  """Parses the flags of a command; false if only help was asked for."""
+  from absl import flags
+
+  if any(argument in ("-h", "--help") for argument in arguments):
+    print(f"usage: opd-jax {command} [--flag=value ...]\n")
+    print(values.get_help(include_special_flags=False))
+    return False
+  try:
+    rest = values([command, *arguments])[1:]
+  except flags.Error as error:
+    raise InputError(f"{command}: {error}") from error
+  if rest:
+    raise InputError(
+      f"{command}: unexpected argument {rest[0]!r}; write --flag=value"
+    )
+  return True
+
+
+def _require(values: Any, command: str, *names: str) -> None:
+  missing = [f"--{name}" for name in names if not values[name].value]
+  if missing:
+    raise InputError(
+      f"{command} needs {' and '.join(missing)}; see opd-jax {command} --help"
+    )
+
+
+def _default_compilation_cache() -> None:
+  """Compiled programs are kept between runs unless the user says otherwise."""
+  cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+  os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(cache) / "opd_jax" / "xla")
+  )
+
+
+def _report(summary: Any) -> None:
+  if summary.loss_before is not None:
+    print(
+      f"held-out loss {summary.loss_before:.4f} -> {summary.loss_after:.4f} "
+      "nats per token"
+    )
+  print(
+    f"{summary.step} steps in {summary.seconds:.0f} s, "
+    f"{summary.compile_seconds:.0f} s of them compiling"
+  )
+  print(f"Hugging Face checkpoint: {summary.export}")
+
+
+def _write(path: str, values: Any) -> None:
+  try:
+    Path(path).write_text(json.dumps(values, indent=2) + "\n")
+  except OSError as error:
+    raise InputError(f"--json: cannot write {path}: {error}") from error
+
+
+def _complain(message: str) -> int:
+  print(f"opd-jax: error: {message}", file=sys.stderr)
+  return 2
+
+
+if __name__ == "__main__":
+  sys.exit(main())
