@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -198,9 +197,15 @@ class Model:
       query, (key, value) = block.attention.project(
         block.attention_norm(x), *turn
       )
+      # Pinned here as well: a compiler that moves the cache inside the loop
+      # over layers has to move all of it back for every token.
       start = (layer, 0, 0, slot, 0)
-      keys = jax.lax.dynamic_update_slice(keys, key[None], start)
-      values = jax.lax.dynamic_update_slice(values, value[None], start)
+      keys, values = (
+        self._place(
+          jax.lax.dynamic_update_slice(old, new[None], start), CACHE_AXES
+        )
+        for old, new in ((keys, key), (values, value))
+      )
       here = functools.partial(
         jax.lax.dynamic_index_in_dim, index=layer, keepdims=False
       )
@@ -229,9 +234,11 @@ class Model:
 
     def step(x, weights):
       block = self._part({transformer.STACKED: weights}, transformer.STACKED)
-      query, kept = block.attention.project(block.attention_norm(x), *turn)
-      x = block.finish(x, layers.attend(query, *kept, visible))
-      return self._rows(x), kept if keep_cache else None
+      query, (keys, values) = block.attention.project(
+        block.attention_norm(x), *turn
+      )
+      x = block.finish(x, layers.attend(query, keys, values, visible))
+      return self._rows(x), (keys, values) if keep_cache else None
 
     if self.remat != "none":
       policy = _REMAT_POLICIES[self.remat]
@@ -270,9 +277,7 @@ class Model:
 
   def _place(self, x: jax.Array, axes: Axes) -> jax.Array:
     """Pins an array to its place; rows too few to spread are replicated."""
-    (entry,) = self.layout.spec(("batch",))
-    mesh_axes = (entry,) if isinstance(entry, str) else entry or ()
-    shards = math.prod(self.layout.mesh.shape[name] for name in mesh_axes)
+    shards = self.layout.shards("batch")
     fitting = tuple(
       None if name == "batch" and size % shards else name
       for name, size in zip(axes, x.shape, strict=True)

@@ -225,7 +225,7 @@ class ModelConfig:
 
   def to_hf(self) -> dict[str, Any]:
     """Fields that `from_hf` and transformers 4 and 5 read."""
-    values = {
+    values: dict[str, Any] = {
       "architectures": [f"{self.family.capitalize()}ForCausalLM"],
       "model_type": self.family,
       "vocab_size": self.vocab_size,

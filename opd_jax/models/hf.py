@@ -319,11 +319,12 @@ def load(path: str | Path, model: Model, dtype: str = "float32") -> Params:
 
 def _once_per_block(
   read: Callable[[Index], np.ndarray],
-) -> Callable[[Index], np.ndarray]:
+) -> Callable[[Index | None], np.ndarray]:
   """Devices that hold the same block share one reading of it."""
   blocks: dict[tuple[tuple[Any, Any], ...], np.ndarray] = {}
 
-  def shared(index: Index) -> np.ndarray:
+  def shared(index: Index | None) -> np.ndarray:
+    index = index or ()
     key = tuple((part.start, part.stop) for part in index)
     if key not in blocks:
       blocks[key] = read(index)

@@ -20,7 +20,7 @@ def frequencies(rope: Rope, head_size: int) -> tuple[np.ndarray, float]:
   Returns:
     `[H / 2]` float32, and the factor (1 except for "yarn").
   """
-  turns = rope.theta ** (-np.arange(0, head_size, 2, np.float64) / head_size)
+  turns = rope.theta ** (-np.arange(0, head_size, 2) / head_size)
   options = dict(rope.options)
   scale = 1.0
   if rope.kind == "linear":

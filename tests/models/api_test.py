@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from opd_jax import sequences, sharding
-from opd_jax.models import Model
+from opd_jax.models import CACHE_AXES, KVCache, Model
 from opd_jax.types import MASKED_LOGPROB
 from tests.models import oracle, tiny
 
@@ -169,6 +169,30 @@ def test_eight_devices_decode_as_one():
   got, cache = _decode_all(spread, jax.device_put(params, shardings), *rows)
   np.testing.assert_allclose(got, want, atol=2e-5)
   assert cache.keys.sharding.spec[1] == ("replica", "fsdp")
+
+
+def test_a_decoded_token_moves_neither_weights_nor_cache():
+  """Also where four shards share two key/value heads."""
+  layout = tiny.layout({"fsdp": 2, "tensor": 4}, sharding.DECODE_RULES)
+  model = Model(tiny.CONFIGS["llama"], layout)
+  place = lambda leaf, axes: jax.ShapeDtypeStruct(
+    leaf.shape, leaf.dtype, sharding=layout.sharding(axes, leaf.shape)
+  )
+  cache = jax.eval_shape(lambda: model.init_cache(4, 12))
+  cache = KVCache(
+    keys=place(cache.keys, CACHE_AXES),
+    values=place(cache.values, CACHE_AXES),
+    positions=place(cache.positions, ("batch", None)),
+  )
+  ids = place(jax.ShapeDtypeStruct((4,), jnp.int32), ("batch",))
+  program = jax.jit(model.decode).lower(
+    model.abstract_params(), cache, ids, ids, 5
+  )
+  text = program.compile().as_text()
+  for collective in ("all-gather(", "all-to-all(", "collective-permute("):
+    assert collective not in text
+  # Attention output and MLP of the one scanned block, and the embedding.
+  assert text.count("all-reduce(") == 3
 
 
 def test_fewer_rows_than_shards_are_replicated():
