@@ -59,7 +59,7 @@ def state_shardings(
   """Moments live where their weights live, the rest everywhere."""
   state = jax.eval_shape(optimizer.init, params)
   return optax.tree.map_params(
-    optimizer,
+    optimizer.init,
     lambda _, sharding: sharding,
     state,
     param_shardings,

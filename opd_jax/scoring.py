@@ -1,11 +1,8 @@
-"""What the models say of a completion, and the gradient of an objective in it.
+"""What the models of a step say of a completion.
 
 A model's trunk turns prompt and completion into hidden states [B, T, D], once.
 Its vocabulary head runs over chunks of T, all models' heads in the same loop,
-so that no [B, T, V] array exists. In the gradient pass each chunk is
-differentiated where it stands: the loop yields the gradient in the hidden
-states and sums the one in the head's weights, and one backward pass of the
-trunk finishes. No product of the head is computed twice.
+so that no [B, T, V] array exists. `gradient.py` differentiates in such a loop.
 
 This is the only place that shifts: the state of slot P - 1 + t predicts
 completion token t.
@@ -13,7 +10,7 @@ completion token t.
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -22,16 +19,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 from opd_jax import sequences
 from opd_jax.models import Model
-from opd_jax.objectives import divergences, reduce
+from opd_jax.objectives import divergences
 from opd_jax.objectives.base import (
   ROLES,
   Needs,
   Objective,
   Request,
-  Signals,
-  Terms,
 )
 from opd_jax.types import (
+  ABSENT,
   MASKED_LOGPROB,
   ModelScores,
   Params,
@@ -42,24 +38,6 @@ from opd_jax.types import (
 # Per role, [B, T] arrays of the log: "logprobs" of the token and "entropy" of
 # the distribution (nats), and "masked_mass" outside the shared vocabulary.
 Observed = Mapping[str, Mapping[str, Float[Array, "B T"]]]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Evaluation:
-  """An objective's value and gradient on some rows of a global batch.
-
-  Attributes:
-    losses: what the rows add to each reduced term; the loss is their sum.
-    statistics: what they add to each reduced statistic.
-    gradients: what they add to the gradient in the student's parameters.
-    observed: per token, for the log.
-  """
-
-  losses: Mapping[str, Float[Array, ""]]
-  statistics: Mapping[str, Float[Array, ""]]
-  gradients: Params
-  observed: Observed
 
 
 @jax.tree_util.register_dataclass
@@ -194,75 +172,6 @@ class Scorer:
       batch,
     )
 
-  def evaluate(
-    self,
-    objective: Objective,
-    parameters: Parameters,
-    batch: ScoringBatch,
-    counts: reduce.Counts,
-    prepare: Callable[[Mapping[str, ModelScores]], Signals],
-    found: tuple[Mapping[str, ModelScores], Observed] | None = None,
-  ) -> Evaluation:
-    """Value and gradient of an objective on some rows.
-
-    Args:
-      objective: what to descend.
-      parameters: of the models; the gradient is in the student's.
-      batch: rows of a global batch.
-      counts: sizes of that global batch.
-      prepare: the signals for these rows, from the result of `prepare_fields`.
-      found: that result, if an earlier pass over the global batch made it;
-        None makes it from the states of this pass.
-    """
-    trunk, head = self.student.split_head(parameters.student)
-    trained_roles = objective.needs.gradient_roles()
-
-    def run(trunk: Params) -> dict[str, Float[Array, "B T D"]]:
-      return {role: self.hidden(role, trunk, batch) for role in trained_roles}
-
-    trained, backward = jax.vjp(run, trunk)
-    states = jax.lax.stop_gradient(trained)
-    later = [role for role in objective.needs.roles() if role not in states]
-    if found is None:
-      for role in (*objective.prepare_needs.roles(), *later):
-        if role not in states:
-          states[role] = self.hidden(role, parameters.of(role), batch)
-      found = self.prepare_fields(objective, parameters, batch, states)
-    fields, observed = found
-    known = {
-      role: fields[role]
-      for role in later
-      if role in fields and objective.prepare_covers(role)
-    }
-    fixed = {
-      role: states[role]
-      if role in states
-      else self.hidden(role, parameters.of(role), batch)
-      for role in later
-      if role not in known
-    }
-    loop = _GradientLoop(
-      scorer=self,
-      objective=objective,
-      batch=batch,
-      counts=counts,
-      signals=prepare(fields),
-      known=known,
-      fixed=fixed,
-      fixed_heads={
-        role: self.head(role, parameters.of(role)) for role in fixed
-      },
-    )
-    run_loop = loop.whole_rows if objective.needs.whole_rows else loop.pointwise
-    (losses, statistics, seen), (in_states, in_head) = run_loop(trained, head)
-    (in_trunk,) = backward(in_states)
-    return Evaluation(
-      losses=losses,
-      statistics=statistics,
-      gradients=add_trees(in_trunk, in_head),
-      observed={**observed, **seen},
-    )
-
   def _score(
     self,
     role: str,
@@ -284,9 +193,9 @@ class Scorer:
     )
     entropy = jnp.where(mask, divergences.entropy(entropy_source), 0.0)
     scores = ModelScores(
-      logprobs=token_logprobs if request.logprobs else None,
-      entropy=entropy if request.entropy else None,
-      vocab_logprobs=logprobs if request.vocab_logprobs else None,
+      logprobs=token_logprobs if request.logprobs else ABSENT,
+      entropy=entropy if request.entropy else ABSENT,
+      vocab_logprobs=logprobs if request.vocab_logprobs else ABSENT,
     )
     observed = {"logprobs": token_logprobs, "entropy": entropy}
     if masked_mass is not None:
@@ -365,135 +274,6 @@ class Chunks:
     return jax.tree.map(leaf, tree)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _GradientLoop:
-  """The loop over chunks that differentiates an objective."""
-
-  scorer: Scorer
-  objective: Objective
-  batch: ScoringBatch
-  counts: reduce.Counts
-  signals: Signals
-  known: Mapping[str, ModelScores]
-  fixed: Mapping[str, Float[Array, "B T D"]]
-  fixed_heads: Mapping[str, Params]
-
-  def pointwise(self, trained: Any, head: Params) -> Any:
-    """Terms of each chunk, differentiated where it stands."""
-
-    def chunk_loss(states: Any, head: Params, part: Any) -> Any:
-      scores, observed = self._chunk_scores(states, head, part)
-      signals = dataclasses.replace(self.signals, token=part["signals"])
-      bundle = bundle_scores(part["batch"], {**part["known"], **scores})
-      loss, losses, statistics = self._reduce(
-        *self.objective.terms(bundle, signals), bundle.loss_mask
-      )
-      return loss, ((losses, statistics), observed)
-
-    (sums, observed), gradients = self._differentiate(chunk_loss, trained, head)
-    losses, statistics = jax.tree.map(jnp.sum, sums)
-    return (losses, statistics, observed), gradients
-
-  def whole_rows(self, trained: Any, head: Params) -> Any:
-    """Terms of whole rows: their gradient in the fields comes first."""
-    needs = self.objective.needs
-    heads = {**self.fixed_heads, **{role: head for role in trained}}
-    fields, _ = self.scorer.fields(
-      needs, {**self.fixed, **trained}, heads, self.batch
-    )
-    others = {role: fields[role] for role in self.fixed}
-
-    def rows_loss(trained_fields: Mapping[str, ModelScores]) -> Any:
-      bundle = bundle_scores(
-        self.batch, {**self.known, **others, **trained_fields}
-      )
-      loss, losses, statistics = self._reduce(
-        *self.objective.terms(bundle, self.signals), bundle.loss_mask
-      )
-      return loss, (losses, statistics)
-
-    (_, (losses, statistics)), slopes = jax.value_and_grad(
-      rows_loss, has_aux=True
-    )({role: fields[role] for role in trained})
-
-    def chunk_loss(states: Any, head: Params, part: Any) -> Any:
-      scores, observed = self._chunk_scores(states, head, part)
-      products = jax.tree.map(
-        lambda slope, field: jnp.sum(slope * field),
-        part["slopes"],
-        {role: scores[role] for role in part["slopes"]},
-      )
-      return sum(jax.tree.leaves(products)), ((), observed)
-
-    (_, observed), gradients = self._differentiate(
-      chunk_loss, trained, head, slopes=slopes
-    )
-    return (losses, statistics, observed), gradients
-
-  def _chunk_scores(self, states: Any, head: Params, part: Any) -> Any:
-    """Scores of all roles that are run on a chunk, and what the log sees."""
-    scores, observed = {}, {}
-    for role, chunk in {**part["fixed"], **states}.items():
-      scores[role], observed[role] = self.scorer._score(
-        role,
-        getattr(self.objective.needs, role),
-        head if role in states else self.fixed_heads[role],
-        chunk,
-        part["batch"].tokens,
-        part["batch"].loss_mask,
-      )
-    return scores, observed
-
-  def _reduce(
-    self, terms: Terms, statistics: Terms, mask: Bool[Array, "B C"]
-  ) -> Any:
-    def total(name: str, term: Any) -> Float[Array, ""]:
-      if term.loss.ndim == 1 and not self.objective.needs.whole_rows:
-        raise ValueError(
-          f"term {name!r} of {self.objective.name} has shape [B], which needs "
-          "whole_rows=True: without it terms are computed by chunks of T"
-        )
-      return reduce.partial_sum(term, mask, self.counts, self.signals)
-
-    losses = {name: total(name, term) for name, term in terms.items()}
-    means = {name: total(name, term) for name, term in statistics.items()}
-    return sum(losses.values()), losses, jax.lax.stop_gradient(means)
-
-  def _differentiate(
-    self, chunk_loss: Any, trained: Any, head: Params, **extra: Any
-  ) -> Any:
-    """Scans `chunk_loss`; gradients in the trained states and in the head."""
-    chunks = Chunks.of(self.scorer, self.batch)
-    by_token = chunks.cut(
-      {
-        "trained": trained,
-        "fixed": dict(self.fixed),
-        "known": dict(self.known),
-        "signals": dict(self.signals.token),
-        "batch": _token_fields(self.batch),
-        **extra,
-      }
-    )
-
-    def body(head_gradient: Params, part: Any) -> Any:
-      part = dict(part)
-      part["batch"] = dataclasses.replace(self.batch, **part["batch"])
-      states = part.pop("trained")
-      (_, aux), (in_states, in_head) = jax.value_and_grad(
-        chunk_loss, argnums=(0, 1), has_aux=True
-      )(states, head, part)
-      in_head = jax.tree.map(
-        lambda total, part: total + part.astype(jnp.float32),
-        head_gradient,
-        in_head,
-      )
-      return in_head, (in_states, aux)
-
-    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), head)
-    in_head, (in_states, (sums, observed)) = jax.lax.scan(body, zero, by_token)
-    return (sums, chunks.join(observed)), (chunks.join(in_states), in_head)
-
-
 def bundle_scores(
   batch: ScoringBatch, scores: Mapping[str, ModelScores]
 ) -> Scores:
@@ -507,27 +287,3 @@ def bundle_scores(
     group=batch.group,
     **{role: scores.get(role, ModelScores()) for role in ROLES},
   )
-
-
-def add_trees(left: Params, right: Params) -> Params:
-  """Sum of two nested dicts; a key in one of them only is kept as it is."""
-  total = dict(left)
-  for key, value in right.items():
-    if key not in total:
-      total[key] = value
-    elif isinstance(value, Mapping):
-      total[key] = add_trees(total[key], value)
-    else:
-      total[key] = total[key] + value
-  return total
-
-
-def _token_fields(batch: ScoringBatch) -> dict[str, Array]:
-  names = (
-    "tokens",
-    "sampled_mask",
-    "loss_mask",
-    "behavior_valid",
-    "behavior_logprobs",
-  )
-  return {name: getattr(batch, name) for name in names}

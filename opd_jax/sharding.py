@@ -94,21 +94,23 @@ class Layout:
     rules = dict(self.rules)
     entries = []
     for index, name in enumerate(axes):
-      if name is not None and name not in rules:
+      if name is None:
+        entries.append(None)
+        continue
+      if name not in rules:
         raise InputError(
           f"no sharding rule for logical axis {name!r}; known: {sorted(rules)}"
         )
-      entry = None if name is None else rules[name]
-      if entry is not None and shape is not None:
-        shards = self.shards(name)
-        if shape[index] % shards:
-          if name not in _REPLICATED_IF_UNEVEN:
-            raise InputError(
-              f"{name} = {shape[index]} is not divisible by the {shards} "
-              f"shards of mesh axes {entry}; choose mesh sizes that divide it"
-            )
-          entry = None
-      entries.append(entry)
+      shards = self.shards(name)
+      if shape is None or shape[index] % shards == 0:
+        entries.append(rules[name])
+      elif name in _REPLICATED_IF_UNEVEN:
+        entries.append(None)
+      else:
+        raise InputError(
+          f"{name} = {shape[index]} is not divisible by the {shards} shards "
+          f"of mesh axes {rules[name]}; choose mesh sizes that divide it"
+        )
     return PartitionSpec(*entries)
 
   def sharding(

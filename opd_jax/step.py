@@ -31,7 +31,6 @@ from opd_jax.scoring import (
   Observed,
   Parameters,
   Scorer,
-  add_trees,
   bundle_scores,
 )
 from opd_jax.types import (
@@ -134,8 +133,8 @@ class Step:
       return self.objective.prepare(bundle, state.objective, schedule)
 
     if self.micro_batches == 1:
-      return self.scorer.evaluate(
-        self.objective, parameters, batch, counts, prepare
+      return evaluate(
+        self.scorer, self.objective, parameters, batch, counts, prepare
       )
     return self._accumulate(parameters, batch, counts, prepare)
 
@@ -149,7 +148,7 @@ class Step:
     )
     new_state = TrainState(
       step=state.step + 1,
-      params=optax.apply_updates(state.params, updates),
+      params=jax.tree.map(jnp.add, state.params, updates),
       optimizer=optimizer,
       objective=dict(
         self.objective.update_state(state.objective, evaluation.statistics)
@@ -240,9 +239,10 @@ class Step:
     signals = prepare(self._join(found[0]))
     by_row = self._cut((dict(signals.token), dict(signals.row)))
 
-    def evaluate(part: Any) -> Evaluation:
+    def evaluate_part(part: Any) -> Evaluation:
       (rows, tokens_in_row), fields, (token, row) = part
-      return self.scorer.evaluate(
+      return evaluate(
+        self.scorer,
         self.objective,
         parameters,
         rows,
@@ -252,13 +252,13 @@ class Step:
       )
 
     def body(total: Evaluation, part: Any) -> tuple[Evaluation, Any]:
-      evaluation = evaluate(part)
+      evaluation = evaluate_part(part)
       sums = dataclasses.replace(evaluation, observed={})
       return jax.tree.map(jnp.add, total, sums), evaluation.observed
 
     scanned = (parts, found, by_row)
     shapes = jax.eval_shape(
-      evaluate, jax.tree.map(lambda leaf: leaf[0], scanned)
+      evaluate_part, jax.tree.map(lambda leaf: leaf[0], scanned)
     )
     zero = jax.tree.map(
       lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),

@@ -17,7 +17,7 @@ PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "opd_jax"
 # Each layer may use those above it. Name a group only to shorten the table.
 BASE = {"errors", "types", "config", "sharding", "sequences"}
 PARTS = BASE | {"models", "sampling", "objectives", "data", "tokenizer"}
-CORE = PARTS | {"scoring", "optim", "step"}
+CORE = PARTS | {"scoring", "gradient", "optim", "step", "programs", "flops"}
 TOOLS = CORE | {"evaluate", "checkpoint", "metrics", "export"}
 
 # module: what of opd_jax it may import.
@@ -36,18 +36,24 @@ ALLOWED = {
   "data": BASE | {"tokenizer"},
   #
   "scoring": PARTS,
+  "gradient": PARTS | {"scoring"},
   "optim": PARTS,
+  "flops": {"models"},
   #
-  "step": PARTS | {"scoring", "optim"},
+  "step": PARTS | {"scoring", "gradient", "optim"},
+  "programs": {"types", "step"},
   #
   "evaluate": CORE,
   "checkpoint": CORE,
   "metrics": CORE,
   "export": CORE | {"checkpoint"},
   #
-  "train": TOOLS,
+  "setup": CORE | {"evaluate"},
+  "train": TOOLS | {"setup"},
+  "generate": PARTS,
+  "run_export": TOOLS | {"train"},
   #
-  "cli": TOOLS | {"train"},
+  "cli": {"errors", "config", "train", "generate", "run_export"},
 }
 
 # Third-party package: the only modules that may import it.

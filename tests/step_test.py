@@ -146,7 +146,7 @@ def test_nothing_behind_a_stop_id_counts():
 
 def test_sampler_and_scorer_agree():
   step = engine.make_step("opd_k1")
-  state, frozen, inputs, rollout = _case()
+  _, frozen, inputs, rollout = _case()
   _, metrics = jax.jit(step.update_from)(
     _state_of(step), frozen, inputs, rollout
   )

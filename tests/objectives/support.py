@@ -100,7 +100,7 @@ def loss_of(
 def fixture_loss(objective, student=STUDENT_LOGITS, shift=BEHAVIOR_SHIFT):
   """The loss on the fixture as a function of the student's logits."""
   behavior = token_logprobs(STUDENT_LOGITS, TOKENS) + shift
-  logits = {role: TEACHER_LOGITS for role in base.ROLES}
+  logits = dict.fromkeys(base.ROLES, TEACHER_LOGITS)
   return loss_of(
     objective, {**logits, "student": student}, TOKENS, MASK, behavior
   )[0]
