@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes  # noqa: F401  (numpy learns bfloat16)
 import numpy as np
 import safetensors
 
@@ -101,9 +100,9 @@ class Tensor:
     outer, *rest = file_order
     if self._is_embedding:
       start, stop = bounds[0]
-      rows = source[start : min(stop, self.shape[0])]
-      rows = np.pad(rows, ((0, stop - start - len(rows)), (0, 0)))
-      return rows[:, slice(*bounds[1])]
+      last = self.shape[0]
+      rows = source[min(start, last) : min(stop, last), slice(*bounds[1])]
+      return np.pad(rows, ((0, stop - start - len(rows)), (0, 0)))
     # The first dimension in the file is outermost in memory: read its range,
     # then cut the rest.
     width = self.shape[0] // self.sizes[outer]
@@ -182,9 +181,11 @@ def resolve(path: str | Path) -> Path:
   repository, _, revision = str(path).partition("@")
   if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repository):
     import huggingface_hub
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub import errors
 
-    with contextlib.suppress(LocalEntryNotFoundError):
+    with contextlib.suppress(
+      errors.LocalEntryNotFoundError, errors.HFValidationError
+    ):
       return Path(
         huggingface_hub.snapshot_download(
           repository, revision=revision or None, local_files_only=True
