@@ -99,9 +99,10 @@ class Tensor:
     file_order = [*range(self.inputs, len(self.sizes)), *range(self.inputs)]
     outer, *rest = file_order
     if self._is_embedding:
-      start, stop = bounds[0]
-      last = self.shape[0]
-      rows = source[min(start, last) : min(stop, last), slice(*bounds[1])]
+      (start, stop), columns = bounds
+      if start >= self.shape[0]:
+        return np.zeros((stop - start, columns[1] - columns[0]), np.float32)
+      rows = source[start : min(stop, self.shape[0]), slice(*columns)]
       return np.pad(rows, ((0, stop - start - len(rows)), (0, 0)))
     # The first dimension in the file is outermost in memory: read its range,
     # then cut the rest.
