@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes  # noqa: F401  (numpy learns bfloat16)
 import numpy as np
 import safetensors
 
@@ -100,10 +99,11 @@ class Tensor:
     file_order = [*range(self.inputs, len(self.sizes)), *range(self.inputs)]
     outer, *rest = file_order
     if self._is_embedding:
-      start, stop = bounds[0]
-      rows = source[start : min(stop, self.shape[0])]
-      rows = np.pad(rows, ((0, stop - start - len(rows)), (0, 0)))
-      return rows[:, slice(*bounds[1])]
+      (start, stop), columns = bounds
+      if start >= self.shape[0]:
+        return np.zeros((stop - start, columns[1] - columns[0]), np.float32)
+      rows = source[start : min(stop, self.shape[0]), slice(*columns)]
+      return np.pad(rows, ((0, stop - start - len(rows)), (0, 0)))
     # The first dimension in the file is outermost in memory: read its range,
     # then cut the rest.
     width = self.shape[0] // self.sizes[outer]
@@ -182,9 +182,11 @@ def resolve(path: str | Path) -> Path:
   repository, _, revision = str(path).partition("@")
   if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repository):
     import huggingface_hub
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub import errors
 
-    with contextlib.suppress(LocalEntryNotFoundError):
+    with contextlib.suppress(
+      errors.LocalEntryNotFoundError, errors.HFValidationError
+    ):
       return Path(
         huggingface_hub.snapshot_download(
           repository, revision=revision or None, local_files_only=True

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from opd_jax.errors import InputError
@@ -297,6 +298,21 @@ def test_the_cache_is_searched_by_name_and_revision(
   assert hf.read_config("org/tiny@v1") == tiny.CONFIGS["llama"]
   with pytest.raises(InputError, match="is no folder"):
     hf.resolve(str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("start", [0, 96, 112])
+def test_blocks_of_the_vocabulary_end_in_rows_of_zeros(checkpoint, start):
+  folder, weights = checkpoint
+  (tensor,) = (
+    tensor
+    for tensor in hf.tensors(tiny.CONFIGS["llama"])
+    if tensor.parameter == "embed.embedding"
+  )
+  padded = np.pad(weights[tensor.name], ((0, 23), (0, 0)))
+  block = slice(start, start + 16), slice(5, 10)
+  with safe_open(folder / "model.safetensors", framework="numpy") as file:
+    got = tensor.from_file(file.get_slice(tensor.name), block)
+  np.testing.assert_array_equal(got, padded[block])
 
 
 def test_only_the_needed_rows_are_read():
