@@ -118,15 +118,16 @@ def make_step(setup: Setup, mesh: Mesh | None = None) -> Step:
   student = Model(
     setup.student, train, config.student.compute_dtype, config.student.remat
   )
+  teacher = Model(setup.teacher, train, config.teacher.compute_dtype)
+  for model in (student, teacher):
+    model.abstract_params()
   scorer = Scorer(
     student=student,
-    teacher=Model(setup.teacher, train, config.teacher.compute_dtype),
+    teacher=teacher,
     vocab_size=setup.vocab_size,
     temperature=config.sampling.temperature or 1.0,
     chunk_tokens=config.batch.chunk_tokens,
   )
-  for model in (scorer.student, scorer.teacher):
-    model.abstract_params()
   return Step(
     decoder=Model(setup.student, decode, config.student.compute_dtype),
     scorer=scorer,

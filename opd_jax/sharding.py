@@ -67,7 +67,7 @@ def make_mesh(
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """A mesh with one table of rules; hashable, so it may be a static argument."""
+  """A mesh with one table of rules; hashable, so it may be static."""
 
   mesh: Mesh
   rules: tuple[tuple[str, str | tuple[str, ...] | None], ...]

@@ -22,17 +22,12 @@ from jaxtyping import Array, Float, Int, Key
 
 from opd_jax import sampling
 from opd_jax.config import SamplingConfig
+from opd_jax.gradient import Evaluation, evaluate
 from opd_jax.models import Model
 from opd_jax.objectives import reduce
 from opd_jax.objectives.base import Objective, Schedule, Signals
 from opd_jax.optim import state_shardings
-from opd_jax.scoring import (
-  Evaluation,
-  Observed,
-  Parameters,
-  Scorer,
-  bundle_scores,
-)
+from opd_jax.scoring import Observed, Parameters, Scorer, bundle_scores
 from opd_jax.types import (
   STOP_LENGTH,
   ModelScores,
