@@ -81,6 +81,7 @@ class Step:
     """Shapes, dtypes and places of the state, before any weight exists."""
     return abstract_state(self.scorer.student, self.optimizer, self.objective)
 
+  @jax.named_scope("rollout")
   def rollout(
     self, params: Params, step: Int[Array, ""], prompts: PromptBatch
   ) -> Rollout:
@@ -112,6 +113,7 @@ class Step:
     )
     return observed
 
+  @jax.named_scope("gradient")
   def gradient(
     self, state: TrainState, frozen: Frozen, batch: ScoringBatch
   ) -> Evaluation:
@@ -138,9 +140,10 @@ class Step:
   ) -> tuple[TrainState, Metrics]:
     """Scores, descends and updates on completions that exist."""
     evaluation = self.gradient(state, frozen, batch)
-    updates, optimizer = self.optimizer.update(
-      evaluation.gradients, state.optimizer, state.params
-    )
+    with jax.named_scope("optimizer"):
+      updates, optimizer = self.optimizer.update(
+        evaluation.gradients, state.optimizer, state.params
+      )
     new_state = TrainState(
       step=state.step + 1,
       params=jax.tree.map(jnp.add, state.params, updates),

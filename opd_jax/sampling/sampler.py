@@ -194,7 +194,9 @@ def sample(
     logprobs=jnp.zeros((batch, length), jnp.float32),
     cache=cache.repeat(rollouts),
   )
-  state = jax.lax.while_loop(unfinished, advance, record(start, hidden))
+  first = record(start, hidden)
+  with jax.named_scope("decode_loop"):
+    state = jax.lax.while_loop(unfinished, advance, first)
   return Rollout(
     prompts=prompts,
     tokens=state.tokens,
