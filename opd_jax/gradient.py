@@ -66,7 +66,8 @@ def evaluate(
     found: that result, if an earlier pass over the global batch made it;
       None makes it from the states of this pass.
   """
-  trunk, head = scorer.student.split_head(parameters.student)
+  trunk, _ = scorer.student.split_head(parameters.student)
+  head = scorer.head("student", parameters.student)
   trained_roles = objective.needs.gradient_roles()
 
   def run(trunk: Params) -> dict[str, Float[Array, "B T D"]]:

@@ -110,8 +110,16 @@ class Scorer:
     return jnp.where(batch.loss_mask[:, :, None], states, 0)
 
   def head(self, role: str, params: Params) -> Params:
-    """The weights of a role's vocabulary head."""
-    return self.model(role).split_head(params)[1]
+    """The weights of a role's vocabulary head, gathered for a loop over T.
+
+    Spread over the vocabulary alone: a loop over chunks would gather them from
+    the other axes again for every chunk.
+    """
+    model = self.model(role)
+    return jax.tree.map(
+      lambda leaf: model.layout.constrain(leaf, ("vocab", None)),
+      model.split_head(params)[1],
+    )
 
   def fields(
     self,

@@ -71,14 +71,15 @@ def make_step(name="gkd", *, mesh=None, devices=1, **changes):
   config = OptimizerConfig(
     learning_rate=1e-3, warmup_steps=2, schedule="cosine", weight_decay=0.1
   )
+  dtype = changes.pop("compute_dtype", "float32")
   scorer = Scorer(
-    student=Model(STUDENT, train),
-    teacher=Model(TEACHER, train),
+    student=Model(STUDENT, train, dtype),
+    teacher=Model(TEACHER, train, dtype),
     vocab_size=STUDENT.vocab_size,
     chunk_tokens=changes.pop("chunk_tokens", 16),
   )
   step = Step(
-    decoder=Model(STUDENT, decode),
+    decoder=Model(STUDENT, decode, dtype),
     scorer=scorer,
     objective=objective_of(name),
     optimizer=optim.build(config, steps=10),

@@ -152,7 +152,7 @@ def test_sampler_and_scorer_agree():
   )
   assert float(metrics["mismatch/max"]) <= 1e-5
   # On policy the loss is the sampled reverse KL itself.
-  np.testing.assert_allclose(metrics["loss"], metrics["teacher/kl"], rtol=1e-5)
+  np.testing.assert_allclose(metrics["train/loss"], metrics["teacher/kl"], rtol=1e-5)
 
 
 def test_fused_is_split():
@@ -222,5 +222,22 @@ def test_loss_falls_on_a_fixed_batch():
   losses = []
   for _ in range(8):
     state, metrics = update(state, frozen, inputs, rollout)
-    losses.append(float(metrics["loss"]))
+    losses.append(float(metrics["train/loss"]))
   assert losses[-1] < 0.9 * losses[0], losses
+
+
+def test_bfloat16_compute_keeps_float32_weights():
+  """Within the rounding of bfloat16 (8 bits) of the float32 step."""
+  step = engine.make_step("gkd", compute_dtype="bfloat16")
+  state, frozen, inputs, rollout = _case()
+  update = jax.jit(step.update_from)
+  new_state, metrics = update(state, frozen, inputs, rollout)
+  assert {leaf.dtype.name for leaf in jax.tree.leaves(new_state.params)} == {
+    "float32"
+  }
+  _, exact = jax.jit(engine.make_step("gkd").update_from)(
+    state, frozen, inputs, rollout
+  )
+  for name in ("train/loss", "student/entropy", "optimizer/grad_norm"):
+    np.testing.assert_allclose(metrics[name], exact[name], rtol=0.05)
+  assert float(metrics["mismatch/max"]) > 1e-5
