@@ -31,7 +31,7 @@ def get_config(data_dir: str = "../shared/data") -> ConfigDict:
       "batch": {"prompts": 16},
       "objective": {"name": "gkd", "beta": 1.0},
       "optimizer": {
-        "learning_rate": 2e-3,
+        "learning_rate": 2e-4,
         "warmup_steps": 10,
         "schedule": "cosine",
         "final_fraction": 0.1,

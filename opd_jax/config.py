@@ -136,13 +136,14 @@ class BatchConfig:
     rollouts: G, completions per prompt.
     micro_batches: the gradient is accumulated over so many parts of the batch
       inside the compiled step; every normaliser stays global.
-    chunk_tokens: scoring holds the vocabulary of so many tokens at a time.
+    chunk_tokens: next-token distributions that exist at the same time, per
+      shard of the batch.
   """
 
   prompts: int = 16
   rollouts: int = 1
   micro_batches: int = 1
-  chunk_tokens: int = 1024
+  chunk_tokens: int = 256
 
   def __post_init__(self):
     for field in dataclasses.fields(self):

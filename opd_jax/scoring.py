@@ -85,7 +85,7 @@ class Scorer:
   reference: Model | None = None
   vocab_size: int
   temperature: float = 1.0
-  chunk_tokens: int = 1024
+  chunk_tokens: int = 256
 
   def model(self, role: str) -> Model:
     """The model behind a role."""
