@@ -15,13 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 import rich.console
 
-from opd_jax import evaluate, flops
+from opd_jax import evaluate
 from opd_jax import setup as setup_lib
 from opd_jax.checkpoint import BEST_METRIC, Checkpoints
 from opd_jax.config import RunConfig
 from opd_jax.data import Batch
 from opd_jax.export import export
-from opd_jax.metrics import Progress, Writer, check_finite
+from opd_jax.meter import Meter
+from opd_jax.metrics import Progress, Writer
 from opd_jax.models import hf
 from opd_jax.programs import Programs
 from opd_jax.setup import Setup
@@ -80,7 +81,10 @@ def train(config: RunConfig, workdir: str | Path) -> Summary:
   """
   began = time.monotonic()
   workdir = Path(workdir)
-  tell = rich.console.Console(stderr=True, highlight=False, soft_wrap=True)
+  first_process = jax.process_index() == 0
+  tell = rich.console.Console(
+    stderr=True, highlight=False, soft_wrap=True, quiet=not first_process
+  )
 
   # --- Check everything on the host. ---
   setup = setup_lib.prepare(config)
@@ -88,111 +92,121 @@ def train(config: RunConfig, workdir: str | Path) -> Summary:
   for line in describe(setup, step):
     tell.print(line)
 
-  with contextlib.closing(
-    Checkpoints(workdir / CHECKPOINT_FOLDER, config.checkpoint)
-  ) as checkpoints:
+  with contextlib.ExitStack() as stack:
+    checkpoints = Checkpoints(workdir / CHECKPOINT_FOLDER, config.checkpoint)
+    stack.callback(checkpoints.close)
     checkpoints.save_manifest(dataclasses.asdict(config))
 
     # --- Weights, straight into their places. ---
-    loss_before = None
-    if checkpoints.latest() is None:
+    losses: dict[str, float | None] = {"before": None, "after": None}
+    saved_step = checkpoints.latest()
+    if saved_step is None:
       state = _initial_state(step, config.student.path)
     else:
-      state, saved = checkpoints.restore(None, step.abstract_state())
+      state, saved = checkpoints.restore(saved_step, step.abstract_state())
       setup.prompts.set_state(saved["prompts"])
-      loss_before = saved["loss_before"]
-    start = done = int(state.step)
-    teacher = step.scorer.model("teacher")
-    frozen = {
-      "teacher": hf.load(config.teacher.path, teacher, teacher.compute_dtype)
-    }
-
-    # --- Programs, before the first step. ---
-    layout = step.scorer.student.layout
+      losses = saved["losses"]
+      tell.print(f"resuming after step {saved_step}")
+    done = saved_step or 0
     programs = Programs(step, config.mode)
-    programs.compile(state, frozen, _abstract_inputs(config, layout))
-    held_out_loss = _held_out_loss(setup, step, state.params)
-    tell.print(f"compiled in {programs.compile_seconds:.1f} s")
 
-    # --- The loop. ---
-    writer = Writer(workdir, resumed_step=start if start else None)
-    progress = Progress(config.steps, start=start)
-    window = _Window(setup)
-    saved_step = checkpoints.latest()
-    loss_after = loss_before
+    if done < config.steps:
+      teacher = step.scorer.model("teacher")
+      frozen = {
+        "teacher": hf.load(config.teacher.path, teacher, teacher.compute_dtype)
+      }
 
-    def evaluated() -> float:
-      with window.paused():
-        value = held_out_loss(state.params)
-        writer.metrics(done, {BEST_METRIC: value})
-        progress.update(done, {BEST_METRIC: value})
-      return value
+      # --- Programs, before the first step. ---
+      tell.print("compiling the step ...")
+      layout = step.scorer.student.layout
+      programs.compile(state, frozen, _abstract_inputs(config, layout))
+      held_out_loss = _held_out_loss(setup, step, state.params)
+      tell.print(f"compiled in {programs.compile_seconds:.1f} s")
 
-    def save(metrics: Mapping[str, float]) -> None:
-      with window.paused():
-        window.check(done)
-        position = {
-          "prompts": setup.prompts.get_state(),
-          "loss_before": loss_before,
-        }
-        checkpoints.save(done, state, position, metrics)
+      # --- The loop. ---
+      writer = Writer(workdir, saved_step) if first_process else None
+      progress = Progress(config.steps, start=done) if first_process else None
+      for closing in (writer, progress):
+        if closing is not None:
+          stack.callback(closing.close)
+      meter = Meter(setup)
 
-    if held_out_loss is not None and done == 0:
-      loss_before = loss_after = evaluated()
-    with _terminated() as terminated:
+      def record(values: Mapping[str, float]) -> None:
+        if writer is not None and progress is not None:
+          writer.metrics(done, values)
+          progress.update(done, values)
+
+      def evaluate_held_out() -> dict[str, float]:
+        if held_out_loss is None:
+          return {}
+        with meter.paused():
+          losses["after"] = held_out_loss(state.params)
+          if done == 0:
+            losses["before"] = losses["after"]
+          values = {BEST_METRIC: losses["after"]}
+          record(values)
+        return values
+
+      def save(values: Mapping[str, float]) -> None:
+        if meter.steps:
+          record(meter.close(done))
+        with meter.paused():
+          position = {"prompts": setup.prompts.get_state(), "losses": losses}
+          checkpoints.save(done, state, position, values)
+
+      if done == 0:
+        evaluate_held_out()
+      terminated = stack.enter_context(_terminated())
+      profiler = stack.enter_context(
+        _Profiler(config.log.profile_steps, workdir / "profile")
+      )
       while done < config.steps and not terminated():
         batch = next(setup.prompts)
         inputs = place_inputs(batch, layout)
         if _due(config.log.time_split_every, done):
-          with window.paused():
-            window.split = programs.time_split(state, frozen, inputs)
-        _profile(config.log.profile_steps, done, workdir)
+          with meter.paused():
+            meter.split = programs.time_split(state, frozen, inputs)
+        profiler.before(done)
         state, metrics, rollout = programs(state, frozen, inputs)
         done += 1
-        window.add(metrics, inputs)
+        meter.add(metrics, inputs)
 
         last = done == config.steps
         if last or _due(config.log.every, done):
-          values = window.close(done)
-          writer.metrics(done, values)
-          progress.update(done, values)
-        if last or _due(config.log.sample_every, done):
-          with window.paused():
+          record(meter.close(done))
+        if writer is not None and (last or _due(config.log.sample_every, done)):
+          with meter.paused():
             writer.samples(done, _samples(setup, batch, rollout))
         saving = last or _due(config.checkpoint.every, done)
         measured = {}
-        if held_out_loss is not None and (
-          saving or _due(config.eval.every, done)
-        ):
-          loss_after = evaluated()
-          measured = {BEST_METRIC: loss_after}
+        if saving or _due(config.eval.every, done):
+          measured = evaluate_held_out()
         if saving:
           save(measured)
           saved_step = done
-    if saved_step != done:
-      save({})
-    _profile(config.log.profile_steps, None, workdir)
-    progress.close()
-    checkpoints.wait()
-    writer.close()
+      if saved_step != done:
+        save({})
 
     # --- What the user takes away. ---
+    checkpoints.wait()
     finished = done == config.steps
     folder = workdir / EXPORT_FOLDER
     if finished:
       shutil.rmtree(folder, ignore_errors=True)
       export(state.params, step.scorer.student, config.student.path, folder)
-    summary = Summary(
-      step=done,
-      finished=finished,
-      loss_before=loss_before,
-      loss_after=loss_after,
-      seconds=time.monotonic() - began,
-      compile_seconds=programs.compile_seconds,
-      export=str(folder) if finished else None,
-    )
-    write_json(workdir / "summary.json", dataclasses.asdict(summary))
-    return summary
+  summary = Summary(
+    step=done,
+    finished=finished,
+    loss_before=losses["before"],
+    loss_after=losses["after"],
+    seconds=time.monotonic() - began,
+    compile_seconds=programs.compile_seconds,
+    export=str(folder) if finished else None,
+  )
+  if first_process:
+    text = json.dumps(dataclasses.asdict(summary), indent=2)
+    (workdir / "summary.json").write_text(text + "\n")
+  return summary
 
 
 def describe(setup: Setup, step: Step) -> Iterator[str]:
@@ -250,93 +264,6 @@ def place_inputs(batch: Batch, layout: Layout) -> StepInputs:
       tokens=place(batch.tokens), lengths=place(batch.lengths)
     )
   )
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-  """Writes an object to a file, by the first process only."""
-  if jax.process_index() == 0:
-    path.write_text(json.dumps(values, indent=2) + "\n")
-
-
-class _Window:
-  """Metrics and seconds since the last record; the device runs ahead."""
-
-  def __init__(self, setup: Setup):
-    self._setup = setup
-    self._metrics: list[Mapping[str, jax.Array]] = []
-    self._prompt_lengths: list[jax.Array] = []
-    self._began = time.monotonic()
-    self.split: Mapping[str, float] = {}
-
-  @contextlib.contextmanager
-  def paused(self) -> Iterator[None]:
-    """What happens inside is not part of the steps' time."""
-    jax.block_until_ready(self._metrics)
-    start = time.monotonic()
-    yield
-    self._began += time.monotonic() - start
-
-  def add(self, metrics: Mapping[str, jax.Array], inputs: StepInputs) -> None:
-    """Notes a step, without waiting for it."""
-    self._metrics.append(metrics)
-    self._prompt_lengths.append(inputs.prompts.lengths)
-
-  def check(self, step: int) -> None:
-    """Raises FloatingPointError if a step up to this one has diverged."""
-    fetched = jax.device_get(self._metrics)
-    for index, values in enumerate(fetched, start=step - len(fetched) + 1):
-      check_finite(values, (index, index))
-
-  def close(self, step: int) -> dict[str, float]:
-    """The record of the steps since the last one; starts the next window.
-
-    Means over the steps; `/max` and `length_max` are maxima.
-    """
-    self.check(step)
-    fetched = jax.device_get(self._metrics)
-    seconds = (time.monotonic() - self._began) / len(fetched)
-    record = {
-      name: float(
-        (np.max if name.endswith("max") else np.mean)(
-          [values[name] for values in fetched]
-        )
-      )
-      for name in fetched[0]
-    }
-    record["time/step"] = seconds
-    record["train/tokens_per_second"] = record["rollout/tokens"] / seconds
-    if self.split:
-      record |= self.split
-      rest = seconds - sum(self.split.values())
-      record["time/update"] = max(rest, 0.0)
-    record |= self._utilisation(record, seconds)
-    self._metrics = []
-    self._prompt_lengths = []
-    self._began = time.monotonic()
-    return record
-
-  def _utilisation(
-    self, record: Mapping[str, float], seconds: float
-  ) -> dict[str, float]:
-    batch = self._setup.config.batch
-    operations = flops.step(
-      self._setup.student,
-      (self._setup.teacher,),
-      prompts=batch.prompts,
-      rows=batch.prompts * batch.rollouts,
-      prompt_length=float(jnp.mean(jnp.stack(self._prompt_lengths))),
-      completion_length=record["rollout/length_mean"],
-    )
-    rate = operations / seconds / jax.device_count()
-    found = {"train/tflops_per_device": rate / 1e12}
-    device = jax.local_devices()[0]
-    peak = flops.peak(device.device_kind)
-    if peak is not None:
-      found["train/mfu"] = rate / peak
-    memory = device.memory_stats() or {}
-    if "peak_bytes_in_use" in memory:
-      found["memory/peak_gib"] = memory["peak_bytes_in_use"] / 2**30
-    return found
 
 
 def _initial_state(step: Step, path: str) -> TrainState:
@@ -412,16 +339,31 @@ def _due(every: int | None, done: int) -> bool:
   return every is not None and done % every == 0
 
 
-def _profile(
-  steps: tuple[int, ...] | None, done: int | None, workdir: Path
-) -> None:
-  """Starts and stops the trace; `done` None stops one that is running."""
-  if steps is None:
-    return
-  if done == steps[0]:
-    jax.profiler.start_trace(str(workdir / "profile"))
-  elif done == steps[1] + 1:
-    jax.profiler.stop_trace()
+class _Profiler(contextlib.AbstractContextManager):
+  """Traces the steps first .. last into a folder, if there are any to trace."""
+
+  def __init__(self, steps: tuple[int, ...] | None, folder: Path):
+    self._steps = steps
+    self._folder = folder
+    self._running = False
+
+  def before(self, step: int) -> None:
+    """Starts or ends the trace in front of a step."""
+    if self._steps is None:
+      return
+    if step == self._steps[0]:
+      jax.profiler.start_trace(str(self._folder))
+      self._running = True
+    elif step == self._steps[1] + 1:
+      self._stop()
+
+  def _stop(self) -> None:
+    if self._running:
+      jax.profiler.stop_trace()
+      self._running = False
+
+  def __exit__(self, *error: object) -> None:
+    self._stop()
 
 
 @contextlib.contextmanager

@@ -49,7 +49,8 @@ ALLOWED = {
   "export": CORE | {"checkpoint"},
   #
   "setup": CORE | {"evaluate"},
-  "train": TOOLS | {"setup"},
+  "meter": {"types", "flops", "metrics", "setup"},
+  "train": TOOLS | {"setup", "meter"},
   "generate": PARTS,
   "run_export": TOOLS | {"train"},
   #

@@ -152,7 +152,9 @@ def test_sampler_and_scorer_agree():
   )
   assert float(metrics["mismatch/max"]) <= 1e-5
   # On policy the loss is the sampled reverse KL itself.
-  np.testing.assert_allclose(metrics["train/loss"], metrics["teacher/kl"], rtol=1e-5)
+  np.testing.assert_allclose(
+    metrics["train/loss"], metrics["teacher/kl"], rtol=1e-5
+  )
 
 
 def test_fused_is_split():

@@ -1,0 +1,103 @@
+"""Metrics and seconds between two records of the log.
+
+The device runs ahead of the host: metrics of a step are fetched when the record
+is closed, and the time is that of all its steps together.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+
+import jax
+import numpy as np
+
+from opd_jax import flops
+from opd_jax.metrics import check_finite
+from opd_jax.setup import Setup
+from opd_jax.types import StepInputs
+
+
+class Meter:
+  """Metrics and seconds since the last record; the device runs ahead."""
+
+  def __init__(self, setup: Setup):
+    self._setup = setup
+    self._metrics: list[Mapping[str, jax.Array]] = []
+    self._prompt_lengths: list[jax.Array] = []
+    self._began = time.monotonic()
+    self.split: Mapping[str, float] = {}
+
+  @contextlib.contextmanager
+  def paused(self) -> Iterator[None]:
+    """What happens inside is not part of the steps' time."""
+    jax.block_until_ready(self._metrics)
+    start = time.monotonic()
+    yield
+    self._began += time.monotonic() - start
+
+  def add(self, metrics: Mapping[str, jax.Array], inputs: StepInputs) -> None:
+    """Notes a step, without waiting for it."""
+    self._metrics.append(metrics)
+    self._prompt_lengths.append(inputs.prompts.lengths)
+
+  def check(self, step: int) -> None:
+    """Raises FloatingPointError if a step up to this one has diverged."""
+    fetched = jax.device_get(self._metrics)
+    for index, values in enumerate(fetched, start=step - len(fetched) + 1):
+      check_finite(values, (index, index))
+
+  @property
+  def steps(self) -> int:
+    """Steps since the last record."""
+    return len(self._metrics)
+
+  def close(self, step: int) -> dict[str, float]:
+    """The record of the steps since the last one; starts the next one.
+
+    Means over the steps; `/max` and `length_max` are maxima.
+    """
+    self.check(step)
+    fetched = jax.device_get(self._metrics)
+    seconds = (time.monotonic() - self._began) / len(fetched)
+    record = {
+      name: float(
+        (np.max if name.endswith("max") else np.mean)(
+          [values[name] for values in fetched]
+        )
+      )
+      for name in fetched[0]
+    }
+    record["time/step"] = seconds
+    record["train/tokens_per_second"] = record["rollout/tokens"] / seconds
+    if self.split:
+      record |= self.split
+      rest = seconds - sum(self.split.values())
+      record["time/update"] = max(rest, 0.0)
+    record |= self._utilisation(record, seconds)
+    self._metrics = []
+    self._prompt_lengths = []
+    self._began = time.monotonic()
+    return record
+
+  def _utilisation(
+    self, record: Mapping[str, float], seconds: float
+  ) -> dict[str, float]:
+    batch = self._setup.config.batch
+    operations = flops.step(
+      self._setup.student,
+      (self._setup.teacher,),
+      prompts=batch.prompts,
+      rows=batch.prompts * batch.rollouts,
+      prompt_length=float(np.mean(jax.device_get(self._prompt_lengths))),
+      completion_length=record["rollout/length_mean"],
+    )
+    rate = operations / seconds / jax.device_count()
+    found = {"train/tflops_per_device": rate / 1e12}
+    device = jax.local_devices()[0]
+    peak = flops.peak(device.device_kind)
+    if peak is not None:
+      found["train/mfu"] = rate / peak
+    memory = device.memory_stats() or {}
+    if "peak_bytes_in_use" in memory:
+      found["memory/peak_gib"] = memory["peak_bytes_in_use"] / 2**30
+    return found
