@@ -1,0 +1,78 @@
+"""The shipped config on the real pair: what it exports, transformers loads."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from opd_jax import config as config_lib
+from opd_jax import setup as setup_lib
+from opd_jax.config import SamplingConfig
+from opd_jax.generate import generate
+from opd_jax.models import Model, hf
+from opd_jax.sharding import TRAIN_RULES, Layout, make_mesh
+from opd_jax.train import train
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+pytestmark = pytest.mark.parity
+
+PROMPT = "Once upon a time, there was a little"
+
+
+def test_export_of_the_real_student(shared_data, monkeypatch, tmp_path):
+  from transformers import AutoModelForCausalLM, AutoTokenizer
+
+  monkeypatch.setattr(
+    setup_lib, "make_mesh", lambda sizes: make_mesh({}, jax.devices()[:1])
+  )
+  config = config_lib.load(
+    f"configs/tinystories_babyllama.py:{shared_data}",
+    ["steps=3", "log.time_split_every=None", "optimizer.warmup_steps=0"],
+  )
+  summary = train(config, tmp_path)
+  # The loss that transformers gives the pair in its reference.json.
+  source = shared_data / "models" / "babyllama-student"
+  np.testing.assert_allclose(summary.loss_before, 1.894, atol=5e-4)
+  assert summary.loss_after < summary.loss_before
+
+  theirs = AutoModelForCausalLM.from_pretrained(
+    summary.export, dtype=torch.float32
+  ).eval()
+  tokenizer = AutoTokenizer.from_pretrained(summary.export)
+  ids = tokenizer(PROMPT)["input_ids"]
+  model = Model(
+    hf.read_config(summary.export),
+    Layout.create(make_mesh({}, jax.devices()[:1]), TRAIN_RULES),
+  )
+  params = hf.load(summary.export, model)
+  tokens = np.array([ids], np.int32)
+  positions = np.arange(len(ids), dtype=np.int32)[None]
+  ours = model.logits(params, model.hidden(params, tokens, positions))
+  with torch.no_grad():
+    expected = theirs(torch.tensor([ids])).logits.numpy()
+  np.testing.assert_allclose(
+    ours[..., : expected.shape[-1]], expected, atol=1e-4
+  )
+  # It is the trained student, not the one it started from.
+  start = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+  with torch.no_grad():
+    before = start(torch.tensor([ids])).logits.numpy()
+  assert np.max(np.abs(before - expected)) > 0.1
+
+  (completion,) = generate(
+    summary.export, [PROMPT], SamplingConfig(max_new_tokens=40, temperature=0)
+  )
+  with torch.no_grad():
+    drawn = theirs.generate(
+      torch.tensor([ids]), max_new_tokens=40, do_sample=False, pad_token_id=0
+    )[0].tolist()
+  assert list(completion.tokens) == drawn[len(ids) :]
+  assert completion.text == tokenizer.decode(
+    drawn[len(ids) :], skip_special_tokens=True
+  )
+  generation = json.loads((source / "generation_config.json").read_text())
+  carried = json.loads(
+    (tmp_path / "export" / "generation_config.json").read_text()
+  )
+  assert carried == generation
