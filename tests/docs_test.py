@@ -4,6 +4,7 @@ import ast
 import pathlib
 import re
 import runpy
+import typing
 
 import pytest
 
@@ -55,36 +56,33 @@ def test_links_lead_somewhere(path):
 
 @pytest.mark.parametrize("path", PAGES, ids=page_name)
 def test_commands_and_keys_exist(path):
-  """Commands, config files and dotted keys that a page names."""
+  """Commands, config files and keys that a page names."""
   text = path.read_text()
   for command in re.findall(r"opd-jax (\w+) +--", text):
     assert command in cli._COMMANDS
   for file in re.findall(r"--config=(configs/\w+\.py)", text):
-    assert (REPO / file).is_file()
-  groups = {
-    name: {field for field in getattr(cls, "__dataclass_fields__", {})}
-    for name, cls in config_lib.RunConfig.__annotations__.items()
-  }
-  options = {
-    field
-    for module in OBJECTIVES.values()
-    for field in module.Config.__dataclass_fields__
-  }
-  groups["objective"] = options | {"name"}
-  keys = re.findall(rf"(?<![\w./])({'|'.join(groups)})\.(\w+)\b", text)
-  for group, key in keys:
-    if groups[group] and not text.count(f"{group}.{key}.py"):
-      known = groups[group] | {"md", "py", "json", "jsonl", "com"}
-      assert key in known, f"{group}.{key}"
+    assert (REPO / file).is_file(), file
+  named = re.findall(r"--config\.([a-z_]+)(?:\.(\w+))?=", text)
+  groups = typing.get_type_hints(config_lib.RunConfig)
+  spans = re.findall(r"`(\w+)\.(\w+)(?: = [^`]*)?`", text)
+  named += [span for span in spans if span[0] in groups]
+  options = {"name"}.union(
+    *(module.Config.__dataclass_fields__ for module in OBJECTIVES.values())
+  )
+  for group, key in named:
+    assert group in groups, group
+    fields = getattr(groups[group], "__dataclass_fields__", options)
+    file = (REPO / "opd_jax" / f"{group}.{key}").exists()
+    assert not key or key in fields or file, f"{group}.{key}"
 
 
 def test_readme_names_every_module_objective_and_config():
-  modules = (REPO / "opd_jax").glob("*.py")
-  names = {path.name for path in modules} - {"__init__.py"}
-  names |= {f"{path.name}/" for path in (REPO / "opd_jax").glob("*/") if
-            (path / "__init__.py").exists()}
-  names |= set(OBJECTIVES) | {path.name for path in (REPO / "configs").iterdir()
-                              if path.suffix == ".py"}
+  package = REPO / "opd_jax"
+  names = {path.name for path in package.glob("*.py")} - {"__init__.py"}
+  names |= {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
+  names |= {path.name for path in (REPO / "configs").glob("*.py")}
+  names |= {path.name for path in (REPO / "launch").glob("*.sh")}
+  names |= set(OBJECTIVES)
   missing = {name for name in names if f"`{name}`" not in README}
   assert not missing
 
