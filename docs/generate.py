@@ -1,0 +1,143 @@
+"""Writes the parts of docs/*.md that come from docstrings.
+
+    python docs/generate.py
+
+What stands between `<!-- begin NAME -->` and `<!-- end NAME -->` is replaced
+by the section of that name; tests/docs_test.py fails where a page is stale.
+"""
+
+import dataclasses
+import inspect
+import re
+import textwrap
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from opd_jax import config
+from opd_jax.objectives import OBJECTIVES, reduce
+
+FOLDER = Path(__file__).resolve().parent
+
+
+def attributes(cls: type) -> dict[str, str]:
+  """What the docstrings of a dataclass and its bases say of each field."""
+  found: dict[str, str] = {}
+  for base in reversed(cls.__mro__):
+    _, _, section = inspect.cleandoc(base.__doc__ or "").partition(
+      "\nAttributes:\n"
+    )
+    entries = textwrap.dedent(section.split("\n\n")[0])
+    for entry in re.split(r"\n(?=\w)", entries):
+      name, _, text = entry.partition(":")
+      found[name] = " ".join(text.split())
+  return found
+
+
+def is_group(hint: Any) -> bool:
+  """Whether a type is a dataclass of keys."""
+  return isinstance(hint, type) and dataclasses.is_dataclass(hint)
+
+
+def type_name(hint: Any) -> str:
+  """A type as a reader of configs writes its values."""
+  if typing.get_origin(hint) is Literal:
+    return " or ".join(f'`"{value}"`' for value in typing.get_args(hint))
+  if isinstance(hint, types.UnionType):
+    return " or ".join(map(type_name, typing.get_args(hint)))
+  if hint is type(None):
+    return "`None`"
+  if typing.get_origin(hint) is tuple:
+    (item, _) = typing.get_args(hint)
+    return f"tuple of {item.__name__}"
+  if typing.get_origin(hint) is Mapping:
+    return "group"
+  return hint.__name__
+
+
+def table(cls: type, prefix: str = "") -> str:
+  """The fields of a dataclass: key, type, default, meaning."""
+  hints, told = typing.get_type_hints(cls), attributes(cls)
+  lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
+  for field in dataclasses.fields(cls):
+    key = f"`{prefix}{field.name}`"
+    form, default = type_name(hints[field.name]), "required"
+    if field.default is not dataclasses.MISSING:
+      shown = repr(field.default).replace("'", '"')
+      default = f"`{shown}`"
+    if is_group(hints[field.name]):
+      form = f"[group](#{field.name})"
+      default = "required" if default == "required" else "its defaults"
+    meaning = told[field.name].replace("|", r"\|")
+    lines.append(f"| {key} | {form} | {default} | {meaning} |")
+  return "\n".join(lines)
+
+
+def summary(cls: type) -> str:
+  """The docstring of a class up to its attributes."""
+  text = inspect.cleandoc(cls.__doc__ or "")
+  return text.partition("\nAttributes:\n")[0].strip()
+
+
+def markdown(docstring: str) -> str:
+  """Paragraphs as they are, indented ones as code."""
+  blocks = []
+  for block in inspect.cleandoc(docstring).split("\n\n"):
+    if block.startswith("  "):
+      block = f"```text\n{textwrap.dedent(block)}\n```"
+    blocks.append(block)
+  return "\n\n".join(blocks)
+
+
+def configuration() -> str:
+  """Every key of a config, group by group."""
+  parts = ["## The run", table(config.RunConfig)]
+  for name, cls in typing.get_type_hints(config.RunConfig).items():
+    if is_group(cls):
+      parts += [f"## {name}", summary(cls), table(cls, f"{name}.")]
+  return "\n\n".join(parts)
+
+
+def objectives() -> str:
+  """Every objective: what its file says, and its options."""
+  parts = []
+  for name, module in sorted(OBJECTIVES.items()):
+    parts += [f"### {name}", markdown(module.__doc__ or "")]
+    parts += [table(module.Config, "objective.")]
+  return "\n\n".join(parts)
+
+
+def reductions() -> str:
+  """The formulas of `reduce.row_scale`."""
+  text = inspect.cleandoc(reduce.row_scale.__doc__ or "")
+  return markdown(text.partition("\n\n")[2])
+
+
+SECTIONS = {
+  "configuration": configuration,
+  "objectives": objectives,
+  "reductions": reductions,
+}
+
+
+def fill(page: str) -> str:
+  """A page with its generated sections made anew."""
+
+  def section(found: re.Match[str]) -> str:
+    begin, name, end = found.groups()
+    return f"{begin}\n\n{SECTIONS[name]()}\n\n{end}"
+
+  marked = r"(<!-- begin (\w+) -->).*?(<!-- end \2 -->)"
+  return re.sub(marked, section, page, flags=re.DOTALL)
+
+
+def main() -> None:
+  """Rewrites the pages in place."""
+  for path in FOLDER.glob("*.md"):
+    path.write_text(fill(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,147 @@
+"""Every file in configs/ is read, and every key is used by someone.
+
+The meshes of pods are tried on the real shapes of their models without a
+device: an abstract mesh has sizes only.
+"""
+
+import ast
+import dataclasses
+import pathlib
+import re
+import types
+import typing
+
+import jax
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+
+from opd_jax import config as config_lib
+from opd_jax import objectives, setup
+from opd_jax.models import ModelConfig, hf
+from opd_jax.sharding import MESH_AXES
+
+REPO = pathlib.Path(__file__).resolve().parent.parent
+CONFIGS = sorted(path.name for path in (REPO / "configs").glob("*.py"))
+DEVICES = 8
+
+QWEN3 = {
+  "model_type": "qwen3",
+  "attention_bias": False,
+  "head_dim": 128,
+  "hidden_act": "silu",
+  "max_position_embeddings": 40960,
+  "num_key_value_heads": 8,
+  "rms_norm_eps": 1e-6,
+  "rope_scaling": None,
+  "rope_theta": 1000000,
+  "sliding_window": None,
+  "use_sliding_window": False,
+  "vocab_size": 151936,
+}
+# The published config.json of models that are not at hand.
+PUBLISHED = {
+  "Qwen/Qwen3-1.7B": {
+    **QWEN3,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 28,
+    "tie_word_embeddings": True,
+  },
+  "Qwen/Qwen3-8B": {
+    **QWEN3,
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 36,
+    "tie_word_embeddings": False,
+  },
+}
+
+
+def architecture(path):
+  if path in PUBLISHED:
+    return ModelConfig.from_hf(PUBLISHED[path])
+  return hf.read_config(path)
+
+
+def abstract_mesh(config):
+  """As `sharding.make_mesh`, of no devices; -1 fills up to `DEVICES`."""
+  sizes = dataclasses.asdict(config)
+  fixed = 1
+  for size in sizes.values():
+    fixed *= max(size, 1)
+  shape = tuple(
+    DEVICES // fixed if sizes[axis] == -1 else sizes[axis] for axis in MESH_AXES
+  )
+  types = (AxisType.Auto,) * len(MESH_AXES)
+  return AbstractMesh(shape, MESH_AXES, axis_types=types)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_parses_and_its_mesh_divides_its_models(name, shared_data):
+  path = REPO / "configs" / name
+  local = "/shared/data" in path.read_text()
+  location = f"{path}:{shared_data}" if local else str(path)
+  config = config_lib.load(location)
+  student = architecture(config.student.path)
+  teacher = architecture(config.teacher.path)
+  window = config.data.max_prompt_tokens + config.sampling.max_new_tokens
+  assert window <= min(student.max_positions, teacher.max_positions)
+  # Only what `make_step` reads; the rest needs files.
+  parts = types.SimpleNamespace(
+    config=config,
+    student=student,
+    teacher=teacher,
+    vocab_size=min(student.vocab_size, teacher.vocab_size),
+    stop_ids=(),
+    objective=objectives.create(config.objective),
+  )
+  step = setup.make_step(parts, abstract_mesh(config.mesh))
+  for role in ("student", "teacher"):
+    model = step.scorer.model(role)
+    places = [leaf.sharding for leaf in jax.tree.leaves(model.abstract_params())]
+    if config.mesh.tensor > 1:
+      assert any("tensor" in place.spec for place in places), role
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_tells_how_to_launch_it(name):
+  text = (REPO / "configs" / name).read_text()
+  docstring = ast.get_docstring(ast.parse(text)) or ""
+  assert f"--config=configs/{name}" in docstring
+  assert "--workdir=" in docstring
+
+
+def fields_of(cls, group="config"):
+  """(class, its name in a config, field) for all below a config dataclass."""
+  for name, hint in typing.get_type_hints(cls).items():
+    yield cls, group, name
+    if dataclasses.is_dataclass(hint):
+      yield from fields_of(hint, name)
+
+
+def test_every_key_is_read():
+  """A config field nobody reads is a bug.
+
+  Read means: `group.field`, or `config.field` in a module that knows the class.
+  """
+  read = set()
+  for path in (REPO / "opd_jax").rglob("*.py"):
+    if path == REPO / "opd_jax" / "config.py":
+      continue
+    source = path.read_text()
+    known = set(re.findall(r"\w+Config\b", source))
+    for node in ast.walk(ast.parse(source)):
+      if isinstance(node, ast.Attribute):
+        owner = ast.unparse(node.value).rpartition(".")[2]
+        read.add((owner, node.attr))
+        read |= {(cls, node.attr) for cls in known if owner == "config"}
+  # A mesh is handed to `make_mesh` as a whole.
+  unread = {
+    f"{group}.{name}"
+    for cls, group, name in fields_of(config_lib.RunConfig)
+    if cls is not config_lib.MeshConfig
+    and not {(group, name), (cls.__name__, name)} & read
+  }
+  assert not unread

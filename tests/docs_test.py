@@ -1,0 +1,105 @@
+"""The documentation is true: examples run, sections are new, names exist."""
+
+import ast
+import pathlib
+import re
+import runpy
+import typing
+
+import pytest
+
+from opd_jax import cli
+from opd_jax import config as config_lib
+from opd_jax.objectives import OBJECTIVES
+
+REPO = pathlib.Path(__file__).resolve().parent.parent
+PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
+README = PAGES[0].read_text()
+
+
+def page_name(path):
+  return path.name
+
+
+def blocks(path):
+  return re.findall(r"^```python\n(.*?)^```", path.read_text(), re.S | re.M)
+
+
+@pytest.mark.parametrize(
+  "path", [path for path in PAGES if blocks(path)], ids=page_name
+)
+def test_examples_run(path):
+  """The blocks of a page in order, in one namespace."""
+  namespace = {"__name__": path.stem}
+  for block in blocks(path):
+    exec(compile(block, str(path), "exec"), namespace)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=page_name)
+def test_generated_sections_are_current(path):
+  fill = runpy.run_path(str(REPO / "docs" / "generate.py"))["fill"]
+  page = path.read_text()
+  assert fill(page) == page, "stale: run python docs/generate.py"
+
+
+@pytest.mark.parametrize("path", PAGES, ids=page_name)
+def test_links_lead_somewhere(path):
+  for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+    if "://" not in target:
+      file, _, anchor = target.partition("#")
+      page = path.parent / file if file else path
+      assert page.exists(), target
+      if anchor:
+        titles = re.findall(r"^#+ (.*)", page.read_text(), re.M)
+        assert anchor in {title.lower().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=page_name)
+def test_commands_and_keys_exist(path):
+  """Commands, config files and keys that a page names."""
+  text = path.read_text()
+  for command in re.findall(r"opd-jax (\w+) +--", text):
+    assert command in cli._COMMANDS
+  for file in re.findall(r"--config=(configs/\w+\.py)", text):
+    assert (REPO / file).is_file(), file
+  named = re.findall(r"--config\.([a-z_]+)(?:\.(\w+))?=", text)
+  groups = typing.get_type_hints(config_lib.RunConfig)
+  spans = re.findall(r"`(\w+)\.(\w+)(?: = [^`]*)?`", text)
+  named += [span for span in spans if span[0] in groups]
+  options = {"name"}.union(
+    *(module.Config.__dataclass_fields__ for module in OBJECTIVES.values())
+  )
+  for group, key in named:
+    assert group in groups, group
+    fields = getattr(groups[group], "__dataclass_fields__", options)
+    file = (REPO / "opd_jax" / f"{group}.{key}").exists()
+    assert not key or key in fields or file, f"{group}.{key}"
+
+
+def test_readme_names_every_module_objective_and_config():
+  package = REPO / "opd_jax"
+  names = {path.name for path in package.glob("*.py")} - {"__init__.py"}
+  names |= {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
+  names |= {path.name for path in (REPO / "configs").glob("*.py")}
+  names |= {path.name for path in (REPO / "launch").glob("*.sh")}
+  names |= set(OBJECTIVES)
+  missing = {name for name in names if f"`{name}`" not in README}
+  assert not missing
+
+
+def test_every_metric_is_explained():
+  """Names of metrics are literals of these modules, or made from a role."""
+  glossary = (REPO / "docs" / "metrics.md").read_text()
+  named = {
+    node.value
+    for module in ("step", "train", "programs", "checkpoint")
+    for node in ast.walk(
+      ast.parse((REPO / "opd_jax" / f"{module}.py").read_text())
+    )
+    if isinstance(node, ast.Constant)
+    and isinstance(node.value, str)
+    and re.fullmatch(r"[a-z]+/[a-z_]+", node.value)
+  }
+  assert len(named) > 10
+  missing = {name for name in named if f"`{name}`" not in glossary}
+  assert not missing
