@@ -100,7 +100,9 @@ def test_config_parses_and_its_mesh_divides_its_models(name, shared_data):
   step = setup.make_step(parts, abstract_mesh(config.mesh))
   for role in ("student", "teacher"):
     model = step.scorer.model(role)
-    places = [leaf.sharding for leaf in jax.tree.leaves(model.abstract_params())]
+    places = [
+      leaf.sharding for leaf in jax.tree.leaves(model.abstract_params())
+    ]
     if config.mesh.tensor > 1:
       assert any("tensor" in place.spec for place in places), role
 
