@@ -33,6 +33,8 @@ def test_examples_run(path):
   namespace = {"__name__": path.stem}
   for block in blocks(path):
     exec(compile(block, str(path), "exec"), namespace)
+  if "get_config" in namespace:
+    config_lib.parse(config_lib.RunConfig, namespace["get_config"]())
 
 
 @pytest.mark.parametrize("path", PAGES, ids=page_name)
@@ -58,7 +60,7 @@ def test_links_lead_somewhere(path):
 def test_commands_and_keys_exist(path):
   """Commands, config files and keys that a page names."""
   text = path.read_text()
-  for command in re.findall(r"opd-jax (\w+) +--", text):
+  for command in re.findall(r"opd-jax ([a-z]+) +--", text):
     assert command in cli._COMMANDS
   for file in re.findall(r"--config=(configs/\w+\.py)", text):
     assert (REPO / file).is_file(), file
@@ -92,7 +94,7 @@ def test_every_metric_is_explained():
   glossary = (REPO / "docs" / "metrics.md").read_text()
   named = {
     node.value
-    for module in ("step", "train", "programs", "checkpoint")
+    for module in ("step", "train", "meter", "programs", "checkpoint")
     for node in ast.walk(
       ast.parse((REPO / "opd_jax" / f"{module}.py").read_text())
     )
