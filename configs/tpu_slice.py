@@ -6,10 +6,10 @@ prompts, one {"text": ...} a line, already in the form the models expect.
   launch/tpu_vm.sh --tpu=NAME --zone=ZONE --setup -- --distributed \
     --config=configs/tpu_slice.py:PROMPTS.jsonl --workdir=DIR
 
-Not run on TPUs yet; the shapes are checked by tests/configs_test.py. By count,
-each chip of 16 GiB then keeps 1.2 GiB of student weights and moments (float32,
-over 16), 0.95 GiB of teacher (bfloat16, over 16), 0.8 GiB of decode copy
-(bfloat16, over tensor) and, while it samples, 1.3 GiB of keys and values.
+Not run on TPUs yet. Compiled ahead of time for v5e:4x4 with libtpu 0.0.51, in
+108 s on two CPU cores: each chip of 16 GiB holds 2.16 GiB of arguments (the
+student's weights and moments in float32, the teacher in bfloat16) and 2.82 GiB
+of temporaries. There is room for more rows.
 """
 
 from ml_collections import ConfigDict

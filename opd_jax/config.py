@@ -221,8 +221,8 @@ class MeshConfig:
     replica: data parallel, may span slices.
     fsdp: data parallel with weights and optimizer state spread over it.
     tensor: heads, feed-forward and vocabulary spread over it.
-    context: sequence parallel.
-    expert: expert parallel.
+    context: for the sequence; must be 1, nothing is spread over it yet.
+    expert: for the experts; likewise.
   """
 
   replica: int = 1
