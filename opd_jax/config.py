@@ -464,9 +464,9 @@ def parse(cls: type, values: Mapping[str, Any], prefix: str = "") -> Any:
   for key in values:
     if key not in fields:
       near = difflib.get_close_matches(key, fields, n=1)
-      hint = f"; did you mean {prefix}{near[0]}?" if near else ""
+      hint = f"did you mean {prefix}{near[0]}? " if near else ""
       raise InputError(
-        f"unknown config key {prefix}{key}{hint} Known keys: "
+        f"unknown config key {prefix}{key}; {hint}known keys: "
         f"{', '.join(sorted(fields))}"
       )
   arguments = {}

@@ -56,11 +56,17 @@ def generate(
     tensor: devices the model is spread over.
 
   Raises:
-    InputError: bad checkpoint, empty prompt, or a prompt too long.
+    InputError: bad checkpoint, empty prompt, a prompt too long, a value the
+      model or the devices rule out; nothing was placed on a device.
   """
   architecture = hf.read_config(path)
   hf.check(path, architecture)
   tokens = tokenizer.load(hf.resolve(path))
+  stop_ids = config.stop_ids
+  if stop_ids is None:
+    stop_ids = tokens.stop_ids
+  vocab_size = min(architecture.vocab_size, tokens.id_count)
+  sampling.check(config, stop_ids, samples, vocab_size)
   batch = _encode(prompts, tokens, config, architecture.max_positions)
   available = len(jax.devices())
   if not 1 <= tensor <= available:
@@ -69,18 +75,18 @@ def generate(
     )
   mesh = make_mesh({"tensor": tensor}, jax.devices()[:tensor])
   model = Model(architecture, Layout.create(mesh, DECODE_RULES), compute_dtype)
+  model.abstract_params()
   params = hf.load(path, model, compute_dtype)
-  stop_ids = config.stop_ids
   draw = jax.jit(
     lambda params, batch: sampling.sample(
       model,
       params,
       batch,
       config=config,
-      stop_ids=tokens.stop_ids if stop_ids is None else stop_ids,
+      stop_ids=stop_ids,
       rollouts=samples,
       key=jax.random.key(seed),
-      vocab_size=min(architecture.vocab_size, tokens.id_count),
+      vocab_size=vocab_size,
     )
   )
   rollout = jax.device_get(draw(params, batch))

@@ -9,7 +9,7 @@ import dataclasses
 import jax
 from jax.sharding import Mesh
 
-from opd_jax import evaluate, objectives, optim, tokenizer
+from opd_jax import evaluate, objectives, optim, sampling, tokenizer
 from opd_jax.config import RunConfig
 from opd_jax.data import Prompts
 from opd_jax.errors import InputError
@@ -79,6 +79,7 @@ def prepare(config: RunConfig) -> Setup:
   stop_ids = config.sampling.stop_ids
   if stop_ids is None:
     stop_ids = student_tokenizer.stop_ids
+  sampling.check(config.sampling, stop_ids, config.batch.rollouts, vocab_size)
   prompts = Prompts(
     config.data,
     student_tokenizer.encode,
