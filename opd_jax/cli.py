@@ -109,7 +109,9 @@ def _generate(arguments: Sequence[str]) -> int:
   flags.DEFINE_string("model", None, "checkpoint: DIR or org/name", **options)
   flags.DEFINE_multi_string("prompt", None, "text to complete", **options)
   flags.DEFINE_integer("max_new_tokens", 128, "tokens at most", **options)
-  flags.DEFINE_float("temperature", 1.0, "divides the logits; 0 is greedy", **options)
+  flags.DEFINE_float(
+    "temperature", 1.0, "divides the logits; 0 is greedy", **options
+  )
   flags.DEFINE_integer("top_k", None, "likeliest k tokens only", **options)
   flags.DEFINE_float("top_p", None, "nucleus of this mass only", **options)
   flags.DEFINE_float("min_p", None, "least share of the top mass", **options)
@@ -119,7 +121,9 @@ def _generate(arguments: Sequence[str]) -> int:
   flags.DEFINE_enum(
     "dtype", "float32", ["float32", "bfloat16"], "to compute in", **options
   )
-  flags.DEFINE_string("json", None, "file to write tokens and logprobs to", **options)
+  flags.DEFINE_string(
+    "json", None, "file to write tokens and logprobs to", **options
+  )
   if not _parse(values, "generate", arguments, required=("model", "prompt")):
     return 0
   from opd_jax import config as config_lib
@@ -156,7 +160,9 @@ def _export(arguments: Sequence[str]) -> int:
   values = flags.FlagValues()
   options: dict[str, Any] = {"flag_values": values}
   flags.DEFINE_string("workdir", None, "folder of the run", **options)
-  flags.DEFINE_string("out", None, "folder to write; must not exist, or be empty", **options)
+  flags.DEFINE_string(
+    "out", None, "folder to write; must not exist, or be empty", **options
+  )
   flags.DEFINE_string("step", "latest", "latest, best or a step", **options)
   flags.DEFINE_enum(
     "dtype", "float32", ["float32", "bfloat16"], "of the weights", **options

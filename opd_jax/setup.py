@@ -120,8 +120,11 @@ def make_step(setup: Setup, mesh: Mesh | None = None) -> Step:
     setup.student, train, config.student.compute_dtype, config.student.remat
   )
   teacher = Model(setup.teacher, train, config.teacher.compute_dtype)
-  for model in (student, teacher):
-    model.abstract_params()
+  for role, model in (("student", student), ("teacher", teacher)):
+    try:
+      model.abstract_params()
+    except InputError as error:
+      raise InputError(f"{role}: {error}") from error
   scorer = Scorer(
     student=student,
     teacher=teacher,
