@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,27 +55,28 @@ def _train(arguments: Sequence[str]) -> int:
   flags.DEFINE_string(
     "config",
     None,
-    "Experiment: FILE.py, or FILE.py:ARG for get_config(ARG). "
-    "--config.KEY=VALUE sets a key of it, such as --config.optimizer."
-    "learning_rate=1e-5; docs/configuration.md lists them.",
+    "experiment: FILE.py, or FILE.py:ARG for get_config(ARG); "
+    "--config.KEY=VALUE sets one of its keys, such as "
+    "--config.optimizer.learning_rate=1e-5",
     **options,
   )
   flags.DEFINE_string(
     "workdir",
     None,
-    "Folder of the run; resumed if it has been begun.",
+    "folder of the run; a run begun there is resumed",
     **options,
   )
   flags.DEFINE_boolean(
     "distributed",
     False,
-    "One process of many: find the others with jax.distributed.",
+    "this is one process of many: find the others with jax.distributed",
     **options,
   )
   overrides = [a for a in arguments if a.startswith("--config.")]
-  if not _parse(values, "train", [a for a in arguments if a not in overrides]):
+  others = [a for a in arguments if a not in overrides]
+  if not _parse(values, "train", others, required=("config", "workdir")):
     return 0
-  _require(values, "train", "config", "workdir")
+  _check_folder("--workdir", values.workdir)
   from opd_jax import config as config_lib
 
   config = config_lib.load(
@@ -104,23 +106,26 @@ def _generate(arguments: Sequence[str]) -> int:
 
   values = flags.FlagValues()
   options: dict[str, Any] = {"flag_values": values}
-  flags.DEFINE_string("model", None, "Checkpoint: DIR or org/name.", **options)
-  flags.DEFINE_multi_string("prompt", None, "Text to complete.", **options)
-  flags.DEFINE_integer("max_new_tokens", 128, "Length limit.", **options)
-  flags.DEFINE_float("temperature", 1.0, "0 is greedy.", **options)
-  flags.DEFINE_integer("top_k", None, "Likeliest k tokens only.", **options)
-  flags.DEFINE_float("top_p", None, "Nucleus of this mass only.", **options)
-  flags.DEFINE_float("min_p", None, "Least share of the top mass.", **options)
-  flags.DEFINE_integer("samples", 1, "Completions per prompt.", **options)
-  flags.DEFINE_integer("seed", 0, "Of the draws.", **options)
-  flags.DEFINE_integer("tensor", 1, "Devices to spread over.", **options)
-  flags.DEFINE_enum(
-    "dtype", "float32", ["float32", "bfloat16"], "To compute in.", **options
+  flags.DEFINE_string("model", None, "checkpoint: DIR or org/name", **options)
+  flags.DEFINE_multi_string("prompt", None, "text to complete", **options)
+  flags.DEFINE_integer("max_new_tokens", 128, "tokens at most", **options)
+  flags.DEFINE_float(
+    "temperature", 1.0, "divides the logits; 0 is greedy", **options
   )
-  flags.DEFINE_string("json", None, "Also write to this file.", **options)
-  if not _parse(values, "generate", arguments):
+  flags.DEFINE_integer("top_k", None, "likeliest k tokens only", **options)
+  flags.DEFINE_float("top_p", None, "nucleus of this mass only", **options)
+  flags.DEFINE_float("min_p", None, "least share of the top mass", **options)
+  flags.DEFINE_integer("samples", 1, "completions per prompt", **options)
+  flags.DEFINE_integer("seed", 0, "of the draws", **options)
+  flags.DEFINE_integer("tensor", 1, "devices to spread over", **options)
+  flags.DEFINE_enum(
+    "dtype", "float32", ["float32", "bfloat16"], "to compute in", **options
+  )
+  flags.DEFINE_string(
+    "json", None, "file to write tokens and logprobs to", **options
+  )
+  if not _parse(values, "generate", arguments, required=("model", "prompt")):
     return 0
-  _require(values, "generate", "model", "prompt")
   from opd_jax import config as config_lib
 
   names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p")
@@ -129,6 +134,8 @@ def _generate(arguments: Sequence[str]) -> int:
   )
   if values.samples < 1:
     raise InputError(f"--samples must be >= 1, got {values.samples}")
+  if values.json:
+    _check_file("--json", values.json)
   from opd_jax import generate
 
   completions = generate.generate(
@@ -152,15 +159,19 @@ def _export(arguments: Sequence[str]) -> int:
 
   values = flags.FlagValues()
   options: dict[str, Any] = {"flag_values": values}
-  flags.DEFINE_string("workdir", None, "Folder of the run.", **options)
-  flags.DEFINE_string("out", None, "Folder to write.", **options)
-  flags.DEFINE_string("step", "latest", "latest, best or a step.", **options)
-  flags.DEFINE_enum(
-    "dtype", "float32", ["float32", "bfloat16"], "Of the weights.", **options
+  flags.DEFINE_string("workdir", None, "folder of the run", **options)
+  flags.DEFINE_string(
+    "out", None, "folder to write; must not exist, or be empty", **options
   )
-  if not _parse(values, "export", arguments):
+  flags.DEFINE_string("step", "latest", "latest, best or a step", **options)
+  flags.DEFINE_enum(
+    "dtype", "float32", ["float32", "bfloat16"], "of the weights", **options
+  )
+  if not _parse(values, "export", arguments, required=("workdir", "out")):
     return 0
-  _require(values, "export", "workdir", "out")
+  _check_folder("--out", values.out)
+  # The accelerators stay free for a run that may be using them.
+  os.environ["JAX_PLATFORMS"] = "cpu"
   from opd_jax import run_export
 
   step = run_export.export_run(
@@ -177,13 +188,20 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 }
 
 
-def _parse(values: Any, command: str, arguments: Sequence[str]) -> bool:
+def _parse(
+  values: Any,
+  command: str,
+  arguments: Sequence[str],
+  *,
+  required: Sequence[str],
+) -> bool:
   """Parses the flags of a command; false if only help was asked for."""
   from absl import flags
 
   if any(argument in ("-h", "--help") for argument in arguments):
-    print(f"usage: opd-jax {command} [--flag=value ...]\n")
-    print(values.get_help(include_special_flags=False))
+    needed = " ".join(f"--{name}=..." for name in required)
+    print(f"usage: opd-jax {command} {needed} [--flag=value ...]\n")
+    print("\n".join(_describe(values[name]) for name in values))
     return False
   try:
     rest = values([command, *arguments])[1:]
@@ -193,15 +211,49 @@ def _parse(values: Any, command: str, arguments: Sequence[str]) -> bool:
     raise InputError(
       f"{command}: unexpected argument {rest[0]!r}; write --flag=value"
     )
-  return True
-
-
-def _require(values: Any, command: str, *names: str) -> None:
-  missing = [f"--{name}" for name in names if not values[name].value]
+  missing = [f"--{name}" for name in required if not values[name].value]
   if missing:
     raise InputError(
       f"{command} needs {' and '.join(missing)}; see opd-jax {command} --help"
     )
+  return True
+
+
+def _describe(flag: Any) -> str:
+  """The lines of a flag in the help of its command."""
+  text = flag.help
+  if flag.default is not None and flag.default is not False:
+    text += f" (default: {flag.default})"
+  indent = 20
+  return textwrap.fill(
+    f"  --{flag.name}".ljust(indent) + " ".join(text.split()),
+    width=79,
+    subsequent_indent=" " * indent,
+    break_long_words=False,
+    break_on_hyphens=False,
+  )
+
+
+def _check_folder(flag: str, path: str) -> None:
+  """Raises unless a folder is there, or could be made."""
+  there = Path(path).expanduser().absolute()
+  while not there.exists():
+    there = there.parent
+  if not there.is_dir():
+    raise InputError(
+      f"{flag}={path} cannot be a folder: {there} is a file; name another path"
+    )
+  if not os.access(there, os.W_OK):
+    raise InputError(
+      f"{flag}={path}: no permission to write in {there}; name another path"
+    )
+
+
+def _check_file(flag: str, path: str) -> None:
+  """Raises unless a file is there, or could be written."""
+  if Path(path).is_dir():
+    raise InputError(f"{flag}={path} is a folder; name a file to write")
+  _check_folder(flag, str(Path(path).parent))
 
 
 def _default_compilation_cache() -> None:
@@ -226,14 +278,13 @@ def _report(summary: Any) -> None:
 
 
 def _write(path: str, values: Any) -> None:
-  try:
-    Path(path).write_text(json.dumps(values, indent=2) + "\n")
-  except OSError as error:
-    raise InputError(f"--json: cannot write {path}: {error}") from error
+  Path(path).parent.mkdir(parents=True, exist_ok=True)
+  Path(path).write_text(json.dumps(values, indent=2) + "\n")
 
 
 def _complain(message: str) -> int:
-  print(f"opd-jax: error: {message}", file=sys.stderr)
+  line = " ".join(part.strip() for part in message.splitlines())
+  print(f"opd-jax: error: {line}", file=sys.stderr)
   return 2
 
 

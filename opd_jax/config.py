@@ -153,7 +153,7 @@ class BatchConfig:
     _require(
       rows % self.micro_batches == 0,
       f"batch.micro_batches={self.micro_batches} does not divide the {rows} "
-      "rows (prompts x rollouts)",
+      "rows (prompts x rollouts); choose a divisor of them",
     )
 
 
@@ -408,7 +408,10 @@ def load(location: str, overrides: Sequence[str] = ()) -> RunConfig:
   # A config file is the user's own program: what it raises is shown whole.
   get_config = runpy.run_path(path).get("get_config")
   if not callable(get_config):
-    raise InputError(f"{path} defines no function get_config")
+    raise InputError(
+      f"{path} defines no function get_config; write one that returns the "
+      "experiment as a ConfigDict, as in configs/tinystories_babyllama.py"
+    )
   values = get_config(argument) if argument else get_config()
   if not hasattr(values, "items"):
     raise InputError(
@@ -431,7 +434,7 @@ def _plain(values: Any) -> Any:
 def _override(values: dict[str, Any], override: str) -> None:
   name, found, text = override.partition("=")
   _require(
-    bool(found), f"--config.{name} has no value; write --config.{name}=V"
+    bool(found), f"--config.{name} has no value; write --config.{name}=VALUE"
   )
   try:
     value = ast.literal_eval(text)
@@ -442,7 +445,8 @@ def _override(values: dict[str, Any], override: str) -> None:
     values = values.setdefault(group, {})
     _require(
       isinstance(values, dict),
-      f"--config.{name}: {group} is not a group of keys",
+      f"--config.{name}: {group} is not a group of keys but {values!r}; see "
+      "opd_jax/config.py for the keys there are",
     )
   values[key] = value
 
@@ -464,9 +468,9 @@ def parse(cls: type, values: Mapping[str, Any], prefix: str = "") -> Any:
   for key in values:
     if key not in fields:
       near = difflib.get_close_matches(key, fields, n=1)
-      hint = f"; did you mean {prefix}{near[0]}?" if near else ""
+      hint = f"did you mean {prefix}{near[0]}? " if near else ""
       raise InputError(
-        f"unknown config key {prefix}{key}{hint} Known keys: "
+        f"unknown config key {prefix}{key}; {hint}known keys: "
         f"{', '.join(sorted(fields))}"
       )
   arguments = {}

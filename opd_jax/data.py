@@ -31,10 +31,13 @@ def read_jsonl(path: str | Path, field: str) -> list[dict[str, Any]]:
   """
   path = Path(path)
   if not path.is_file():
-    raise InputError(f"no data file {path}; expected JSONL, one object a line")
+    raise InputError(
+      f"no data file {path}; data.path and eval.path each name a JSONL file, "
+      "one object a line"
+    )
   lines = path.read_bytes().rstrip().split(b"\n")
   if lines == [b""]:
-    raise InputError(f"data file {path} has no rows")
+    raise InputError(f"data file {path} has no rows; write one object a line")
   rows = []
   for number, line in enumerate(lines, start=1):
     where = f"{path}, line {number}"
@@ -52,7 +55,7 @@ def read_jsonl(path: str | Path, field: str) -> list[dict[str, Any]]:
     if field not in row:
       raise InputError(
         f"{where}: no field {field!r}; the row has {', '.join(row) or 'none'}; "
-        "name the field that holds the text in the config"
+        "name the one that holds the text in data.field (eval.field)"
       )
     if not isinstance(row[field], str):
       raise InputError(

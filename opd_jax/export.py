@@ -66,11 +66,7 @@ def export(
   """
   if dtype not in DTYPES:
     raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-  out_dir = Path(out_dir).expanduser()
-  if out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
-    raise InputError(
-      f"{out_dir} exists and is not an empty folder; name another one"
-    )
+  out_dir = check_free(out_dir)
   source = None if source_dir is None else hf.resolve(source_dir)
   config = _config_json(model.config, source, dtype)
   shards = _plan(model.config, np.dtype(dtype).itemsize, max_shard_bytes)
@@ -95,6 +91,20 @@ def export(
   if source is not None:
     _carry(source, partial)
   partial.replace(out_dir)
+
+
+def check_free(out_dir: str | Path) -> Path:
+  """The folder to write a checkpoint to.
+
+  Raises:
+    InputError: there is something already.
+  """
+  out_dir = Path(out_dir).expanduser()
+  if out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
+    raise InputError(
+      f"{out_dir} exists and is not an empty folder; name another one"
+    )
+  return out_dir
 
 
 def _config_json(

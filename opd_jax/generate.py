@@ -21,7 +21,7 @@ class Completion:
 
   Attributes:
     prompt: its text.
-    text: of the completion, without special tokens.
+    text: that the completion adds to the prompt, without special tokens.
     tokens: its ids, the stop id included.
     logprobs: nats per token, under the sampling distribution.
     stopped: by a stop id, not by the length limit.
@@ -56,12 +56,18 @@ def generate(
     tensor: devices the model is spread over.
 
   Raises:
-    InputError: bad checkpoint, empty prompt, or a prompt too long.
+    InputError: bad checkpoint, empty prompt, a prompt too long, a value the
+      model or the devices rule out; nothing was placed on a device.
   """
   architecture = hf.read_config(path)
   hf.check(path, architecture)
   tokens = tokenizer.load(hf.resolve(path))
-  batch = _encode(prompts, tokens, config, architecture.max_positions)
+  stop_ids = config.stop_ids
+  if stop_ids is None:
+    stop_ids = tokens.stop_ids
+  vocab_size = min(architecture.vocab_size, tokens.id_count)
+  sampling.check(config, stop_ids, samples, vocab_size)
+  ids = _encode(prompts, tokens, config, architecture.max_positions)
   available = len(jax.devices())
   if not 1 <= tensor <= available:
     raise InputError(
@@ -69,29 +75,29 @@ def generate(
     )
   mesh = make_mesh({"tensor": tensor}, jax.devices()[:tensor])
   model = Model(architecture, Layout.create(mesh, DECODE_RULES), compute_dtype)
+  model.abstract_params()
   params = hf.load(path, model, compute_dtype)
-  stop_ids = config.stop_ids
   draw = jax.jit(
     lambda params, batch: sampling.sample(
       model,
       params,
       batch,
       config=config,
-      stop_ids=tokens.stop_ids if stop_ids is None else stop_ids,
+      stop_ids=stop_ids,
       rollouts=samples,
       key=jax.random.key(seed),
-      vocab_size=min(architecture.vocab_size, tokens.id_count),
+      vocab_size=vocab_size,
     )
   )
-  rollout = jax.device_get(draw(params, batch))
+  rollout = jax.device_get(draw(params, _batch(ids)))
   completions = []
   for row, mask in enumerate(rollout.sampled_mask):
-    ids = rollout.tokens[row][mask].tolist()
+    drawn = rollout.tokens[row][mask].tolist()
     completions.append(
       Completion(
         prompt=prompts[row // samples],
-        text=tokens.decode(ids),
-        tokens=tuple(ids),
+        text=tokens.decode_after(ids[row // samples], drawn),
+        tokens=tuple(drawn),
         logprobs=tuple(rollout.behavior_logprobs[row][mask].tolist()),
         stopped=bool(rollout.stop_reason[row] == STOP_ID),
       )
@@ -104,7 +110,7 @@ def _encode(
   tokens: tokenizer.Tokenizer,
   config: SamplingConfig,
   window: int,
-) -> PromptBatch:
+) -> list[list[int]]:
   ids = [tokens.encode(prompt) for prompt in prompts]
   for prompt, found in zip(prompts, ids, strict=True):
     if not found:
@@ -113,8 +119,12 @@ def _encode(
       raise InputError(
         f"a prompt of {len(found)} tokens and max_new_tokens = "
         f"{config.max_new_tokens} exceed the model's window of {window} "
-        f"positions: {prompt[:40]!r}...; shorten one of them"
+        f"positions: {prompt[:40]!r}; shorten one of them"
       )
+  return ids
+
+
+def _batch(ids: Sequence[Sequence[int]]) -> PromptBatch:
   width = max(map(len, ids))
   padded = np.zeros((len(ids), width), np.int32)
   for row, found in enumerate(ids):

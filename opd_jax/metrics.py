@@ -19,7 +19,7 @@ import tensorboardX
 # What `Progress` shows: metric, label, format.
 _SHOWN = (
   ("train/loss", "loss", "{:.4f}"),
-  ("eval/loss", "held-out loss", "{:.4f}"),
+  ("eval/loss", "held-out", "{:.4f}"),
   ("train/tokens_per_second", "tokens/s", "{:,.0f}"),
 )
 
@@ -148,7 +148,7 @@ class Progress:
       self._bar = rich.progress.Progress(
         rich.progress.TextColumn("step"),
         rich.progress.MofNCompleteColumn(),
-        rich.progress.BarColumn(),
+        rich.progress.BarColumn(bar_width=16),
         rich.progress.TimeRemainingColumn(),
         rich.progress.TextColumn("{task.description}"),
         console=self._console,
@@ -165,7 +165,9 @@ class Progress:
     }
     if self._bar is not None:
       self._shown.update(new)
-      text = "  ".join(self._shown.values())
+      text = "  ".join(
+        self._shown[label] for _, label, _ in _SHOWN if label in self._shown
+      )
       self._bar.update(self._task, completed=step, description=text)
       return
     parts = [f"step {step}/{self._total}", *new.values()]

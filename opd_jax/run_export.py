@@ -8,7 +8,7 @@ from opd_jax import config as config_lib
 from opd_jax import objectives, optim
 from opd_jax.checkpoint import Checkpoints
 from opd_jax.errors import InputError
-from opd_jax.export import export
+from opd_jax.export import check_free, export
 from opd_jax.models import Model, hf
 from opd_jax.sharding import TRAIN_RULES, Layout, make_mesh
 from opd_jax.step import abstract_state
@@ -39,6 +39,7 @@ def export_run(
   Raises:
     InputError: no such run or step, or `out` is in use.
   """
+  check_free(out)
   checkpoints = Checkpoints(Path(workdir) / CHECKPOINT_FOLDER, None)
   config = config_lib.parse(config_lib.RunConfig, checkpoints.read_manifest())
   number = _step_number(checkpoints, step)

@@ -9,7 +9,7 @@ import dataclasses
 import jax
 from jax.sharding import Mesh
 
-from opd_jax import evaluate, objectives, optim, tokenizer
+from opd_jax import evaluate, objectives, optim, sampling, tokenizer
 from opd_jax.config import RunConfig
 from opd_jax.data import Prompts
 from opd_jax.errors import InputError
@@ -79,6 +79,7 @@ def prepare(config: RunConfig) -> Setup:
   stop_ids = config.sampling.stop_ids
   if stop_ids is None:
     stop_ids = student_tokenizer.stop_ids
+  sampling.check(config.sampling, stop_ids, config.batch.rollouts, vocab_size)
   prompts = Prompts(
     config.data,
     student_tokenizer.encode,
@@ -119,8 +120,11 @@ def make_step(setup: Setup, mesh: Mesh | None = None) -> Step:
     setup.student, train, config.student.compute_dtype, config.student.remat
   )
   teacher = Model(setup.teacher, train, config.teacher.compute_dtype)
-  for model in (student, teacher):
-    model.abstract_params()
+  for role, model in (("student", student), ("teacher", teacher)):
+    try:
+      model.abstract_params()
+    except InputError as error:
+      raise InputError(f"{role}: {error}") from error
   scorer = Scorer(
     student=student,
     teacher=teacher,

@@ -6,6 +6,7 @@ checkpoint is run.
 """
 
 import dataclasses
+import itertools
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -71,6 +72,19 @@ class Tokenizer:
       skip_special_tokens=skip_special_tokens,
       clean_up_tokenization_spaces=False,
     )
+
+  def decode_after(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
+    """The text that ids add to a prompt's, a space between them included.
+
+    Many tokenizers drop the space of a text's first word, which `decode` of a
+    completion alone would do.
+    """
+    before, whole = self.decode(prompt), self.decode([*prompt, *ids])
+    # A prompt cut inside a character ends with another one than it becomes.
+    shared = itertools.takewhile(
+      lambda pair: pair[0] == pair[1], zip(before, whole, strict=False)
+    )
+    return whole[len(list(shared)) :]
 
 
 def load(path: str | Path) -> Tokenizer:

@@ -113,7 +113,7 @@ def test_progress_prints_plain_lines_off_a_terminal():
   progress.update(110, {"train/loss": 0.5, "train/tokens_per_second": 12345.6})
   progress.close()
   lines = screen.getvalue().splitlines()
-  assert lines[0] == "step 100/200  held-out loss 2.0000"
+  assert lines[0] == "step 100/200  held-out 2.0000"
   assert re.fullmatch(
     r"step 110/200  loss 0\.5000  tokens/s 12,346  \d+ s left", lines[1]
   )
@@ -130,4 +130,4 @@ def test_progress_keeps_the_newest_values_in_a_bar():
   progress.update(12, {"train/loss": 0.5})
   progress.close()
   text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
-  assert re.search(r"step 12/20 .*held-out loss 2\.0000  loss 0\.5000", text)
+  assert re.search(r"step 12/20 .*loss 0\.5000  held-out 2\.0000", text)

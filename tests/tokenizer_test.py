@@ -54,6 +54,17 @@ def test_made_tokenizer_encodes_decodes_and_stops(tmp_path):
   assert one.stop_ids == (6, 1)
 
 
+@pytest.mark.parametrize("name", ["babyllama-student", "stories260K"])
+def test_a_completion_keeps_the_space_before_it(name, shared_data):
+  tokens = tokenizer.load(shared_data / "models" / name)
+  text = "Lily found a big 🙂 box"
+  ids = tokens.encode(text)
+  added = [tokens.decode_after(ids[:n], ids[n:]) for n in range(1, len(ids))]
+  whole = tokens.decode(ids)
+  assert all(whole.endswith(rest) for rest in added)
+  assert " found a big" in {rest[:12] for rest in added}
+
+
 def test_real_tokenizer_agrees_with_its_file(shared_data):
   """The ids of a character tokenizer can be read off tokenizer.json."""
   folder = shared_data / "models" / "babyllama-student"

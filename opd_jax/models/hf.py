@@ -209,7 +209,12 @@ def read_config(path: str | Path) -> ModelConfig:
   Raises:
     InputError: no such file, not JSON, or a model that is not supported.
   """
-  return ModelConfig.from_hf(read_json(resolve(path) / CONFIG_FILE))
+  file = resolve(path) / CONFIG_FILE
+  values = read_json(file)
+  try:
+    return ModelConfig.from_hf(values)
+  except InputError as error:
+    raise InputError(f"{file.parent}: {error}") from error
 
 
 def check(path: str | Path, config: ModelConfig) -> dict[str, Path]:
@@ -247,7 +252,8 @@ def check(path: str | Path, config: ModelConfig) -> dict[str, Path]:
         if shape != expected[name]:
           raise InputError(
             f"{name} in {file} has shape {shape}, but config.json asks for "
-            f"{expected[name]}"
+            f"{expected[name]}; the file and config.json do not belong "
+            "together"
           )
         if header.get_dtype() not in _DTYPES:
           raise InputError(

@@ -32,5 +32,8 @@ def create(options: Mapping[str, Any]) -> Objective:
       f"{hint}"
     )
   module = OBJECTIVES[name]
-  config = config_lib.parse(module.Config, options, "objective.")
+  try:
+    config = config_lib.parse(module.Config, options, "objective.")
+  except InputError as error:
+    raise InputError(f"objective {name}: {error}") from error
   return Objective.bind(name, module, config)

@@ -1,5 +1,5 @@
 """Drawing completions: the decode loop, the filters and the draw itself."""
 
-from opd_jax.sampling.sampler import Decoder, sample
+from opd_jax.sampling.sampler import Decoder, check, sample
 
-__all__ = ["Decoder", "sample"]
+__all__ = ["Decoder", "check", "sample"]

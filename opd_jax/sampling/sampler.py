@@ -134,7 +134,7 @@ def sample(
     InputError: `vocab_size` exceeds the decoder's columns, `top_k` or a stop
       id exceeds `vocab_size`, or `rollouts` < 1.
   """
-  _check(config, stop_ids, rollouts, vocab_size)
+  check(config, stop_ids, rollouts, vocab_size)
   length = config.max_new_tokens
   tokens, positions = sequences.right_align(prompts)
   width = tokens.shape[1]
@@ -206,12 +206,23 @@ def sample(
   )
 
 
-def _check(
+def check(
   config: SamplingConfig,
   stop_ids: tuple[int, ...],
   rollouts: int,
   vocab_size: int,
 ) -> None:
+  """Refuses what `sample` cannot draw; needs no model.
+
+  Args:
+    config: how to draw.
+    stop_ids: end a completion.
+    rollouts: G, completions per prompt.
+    vocab_size: V, ids that may be drawn.
+
+  Raises:
+    InputError: `top_k` or a stop id exceeds `vocab_size`, or `rollouts` < 1.
+  """
   if config.top_k is not None and config.top_k > vocab_size:
     raise InputError(
       f"sampling.top_k must be in [1, V={vocab_size}], got {config.top_k}; "
