@@ -3,7 +3,7 @@ r"""Qwen3-8B teaches Qwen3-1.7B on one v5e-16 slice: fsdp 4 x tensor 4, 4 hosts.
 On every host: the checkout, both models in the Hugging Face cache, and the
 prompts, one {"text": ...} a line, already in the form the models expect.
 
-  launch/tpu_vm.sh --tpu=NAME --zone=ZONE --setup -- --distributed \
+  launch/tpu_vm.sh --tpu=NAME --zone=ZONE --setup -- \
     --config=configs/tpu_slice.py:PROMPTS.jsonl --workdir=DIR
 
 Not run on TPUs yet. Compiled ahead of time for v5e:4x4 with libtpu 0.0.51, in

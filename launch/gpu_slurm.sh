@@ -22,7 +22,7 @@ if [ "${1:-}" = --dry-run ]; then dry_run=1 && shift; fi
 
 cd "${SLURM_SUBMIT_DIR:-.}"
 command=(
-  srun --kill-on-bad-exit=1 "${OPD_JAX:-.venv/bin/opd-jax}" train "$@"
+  srun --kill-on-bad-exit=1 "${OPD_JAX:-.venv/bin/opd-jax}" train --distributed "$@"
 )
 
 if [ -n "$dry_run" ]; then

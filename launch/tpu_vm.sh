@@ -55,4 +55,4 @@ if [ -n "$setup" ]; then
 fi
 
 printf -v arguments ' %q' "$@"
-on_every_host "cd opd_jax && .venv/bin/opd-jax train$arguments"
+on_every_host "cd opd_jax && .venv/bin/opd-jax train --distributed$arguments"

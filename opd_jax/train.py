@@ -192,7 +192,8 @@ def train(config: RunConfig, workdir: str | Path) -> Summary:
     finished = done == config.steps
     folder = workdir / EXPORT_FOLDER
     if finished:
-      shutil.rmtree(folder, ignore_errors=True)
+      if first_process:
+        shutil.rmtree(folder, ignore_errors=True)
       export(state.params, step.scorer.student, config.student.path, folder)
   summary = Summary(
     step=done,

@@ -62,6 +62,7 @@ def test_gpu_slurm():
   (command,) = _dry_run("gpu_slurm.sh", *TRAIN)
   assert command == [
     *("srun", "--kill-on-bad-exit=1", ".venv/bin/opd-jax", "train"),
+    "--distributed",
     *TRAIN,
   ]
 
@@ -78,7 +79,10 @@ def test_tpu_vm():
   assert remote.startswith("--command=")
   # What the shell of the host makes of it.
   words = shlex.split(remote.removeprefix("--command="))
-  assert words == ["cd", "opd_jax", "&&", ".venv/bin/opd-jax", "train", *TRAIN]
+  assert words == [
+    *("cd", "opd_jax", "&&", ".venv/bin/opd-jax", "train", "--distributed"),
+    *TRAIN,
+  ]
 
 
 def test_tpu_vm_setup_comes_first():
