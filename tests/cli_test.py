@@ -9,18 +9,14 @@ import shutil
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
-import tokenizers
 from safetensors.numpy import load_file, save_file
 
 from opd_jax import cli, programs
-from opd_jax.export import export
-from opd_jax.models import Model, ModelConfig, hf
-from tests.models import tiny
+from opd_jax.models import hf
+from tests import pair
 
-WORDS = 40
 CONFIG_FILE = """\
 import json
 import pathlib
@@ -31,84 +27,19 @@ def get_config(folder):
 """
 
 
-def write_tokenizer(folder, words):
-  backend = tokenizers.Tokenizer(
-    tokenizers.models.WordLevel(
-      {word: index for index, word in enumerate(words)}, unk_token="<unk>"
-    )
-  )
-  backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-  backend.save(str(folder / "tokenizer.json"))
-  (folder / "tokenizer_config.json").write_text(
-    json.dumps(
-      {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-      }
-    )
-  )
-
-
-def write_model(folder, words, **fields):
-  """A checkpoint of two layers in three files."""
-  config = ModelConfig.from_hf(
-    {
-      "model_type": "llama",
-      "vocab_size": len(words),
-      "hidden_size": 16,
-      "intermediate_size": 16,
-      "num_hidden_layers": 2,
-      "num_attention_heads": 4,
-      "max_position_embeddings": 32,
-      **fields,
-    }
-  )
-  random = np.random.default_rng(0)
-  model = Model(config, tiny.layout())
-  params = {}
-  for path, leaf in jax.tree.leaves_with_path(model.abstract_params()):
-    node = params
-    for key in path[:-1]:
-      node = node.setdefault(key.key, {})
-    node[path[-1].key] = random.standard_normal(leaf.shape, np.float32)
-  export(params, model, None, folder, max_shard_bytes=4000)
-  write_tokenizer(folder, words)
-
-
 @pytest.fixture(scope="session")
-def pair(tmp_path_factory):
-  """Folder with student/, teacher/, prompts.jsonl, config.json, config.py."""
-  folder = tmp_path_factory.mktemp("pair")
-  words = ["<unk>", "</s>", *(f"w{index}" for index in range(2, WORDS))]
-  write_model(folder / "student", words)
-  write_model(folder / "teacher", words, intermediate_size=24)
-  (folder / "prompts.jsonl").write_text(
-    "".join(
-      json.dumps({"text": " ".join(words[2 : 3 + row])}) + "\n"
-      for row in range(1, 9)
-    )
-  )
-  (folder / "config.py").write_text(CONFIG_FILE)
-  return folder
+def good(tmp_path_factory):
+  return pair.write_pair(tmp_path_factory.mktemp("good"))
 
 
 @pytest.fixture
-def run(pair, tmp_path):
-  """A copy of the pair, to damage, with a config.json of its own."""
+def run(good, tmp_path):
+  """A pair to damage, and a config of it."""
   folder = tmp_path / "run"
-  shutil.copytree(pair, folder)
-  config = {
-    "student": {"path": f"{folder}/student"},
-    "teacher": {"path": f"{folder}/teacher"},
-    "data": {"path": f"{folder}/prompts.jsonl", "max_prompt_tokens": 8},
-    "sampling": {"max_new_tokens": 4},
-    "batch": {"prompts": 8},
-    "objective": {"name": "gkd"},
-    "log": {"time_split_every": None},
-    "steps": 1,
-  }
-  (folder / "config.json").write_text(json.dumps(config))
+  shutil.copytree(good, folder)
+  (folder / "config.py").write_text(CONFIG_FILE)
+  values = pair.config_of(folder, batch={"prompts": 8}, eval={}, steps=1)
+  (folder / "config.json").write_text(json.dumps(values))
   return folder
 
 
@@ -172,17 +103,17 @@ BAD_CONFIGS = {
     ["line 1", "no field 'prompt'", "the row has text", "data.field"],
   ),
   "prompt too long": (
-    ["data.max_prompt_tokens=5", "data.overlong=error"],
-    ["line 5", "6 tokens", "max_prompt_tokens is 5", "truncate_left"],
+    ["data.max_prompt_tokens=17", "data.overlong=error"],
+    ["line 4", "18 tokens", "max_prompt_tokens is 17", "truncate_left"],
   ),
   "window too long": (
-    ["sampling.max_new_tokens=30"],
-    ["8 + 30 = 38", "student's window of 32", "lower"],
+    ["sampling.max_new_tokens=57"],
+    ["8 + 57 = 65", "student's window of 64", "lower"],
   ),
-  "top_k": (["sampling.top_k=41"], ["top_k", "[1, V=40]", "41", "None"]),
+  "top_k": (["sampling.top_k=33"], ["top_k", "[1, V=32]", "33", "None"]),
   "stop id": (
-    ["sampling.stop_ids=(40,)"],
-    ["stop id 40", "[0, V=40)", "sampling.stop_ids"],
+    ["sampling.stop_ids=(32,)"],
+    ["stop id 32", "[0, V=32)", "sampling.stop_ids"],
   ),
   "mesh too large": (["mesh.tensor=16"], ["tensor=16", "8 devices", "-1"]),
   "mesh against heads": (
@@ -213,23 +144,26 @@ def test_a_bad_config_is_refused(case, run, refused):
 
 
 def missing_shard(run):
-  file = sorted((run / "student").glob("model-*.safetensors"))[1]
-  file.unlink()
-  return [file.name, "model.safetensors.index.json", "download complete?"]
+  weights = run / "student" / "model.safetensors"
+  names = list(load_file(weights))
+  index = {name: f"part-{n}.safetensors" for n, name in enumerate(names)}
+  (run / "student" / "model.safetensors.index.json").write_text(
+    json.dumps({"weight_map": index})
+  )
+  weights.rename(run / "student" / "part-0.safetensors")
+  return ["part-1.safetensors", "index.json names", "download complete?"]
 
 
 def wrong_shape(run):
-  file = sorted((run / "teacher").glob("model-*.safetensors"))[-1]
+  file = run / "teacher" / "model.safetensors"
   tensors = load_file(file)
-  name = next(name for name in tensors if tensors[name].ndim == 2)
-  shape = tensors[name].shape
+  name = "model.embed_tokens.weight"
   save_file({**tensors, name: tensors[name][:-1]}, file)
-  found = (shape[0] - 1, shape[1])
-  return [name, f"shape {found}", f"asks for {shape}", "together", "teacher"]
+  return [name, "shape (31, 16)", "asks for (32, 16)", "together", "teacher"]
 
 
 def cut_file(run):
-  file = sorted((run / "student").glob("model-*.safetensors"))[0]
+  file = run / "student" / "model.safetensors"
   file.write_bytes(file.read_bytes()[:100])
   return [file.name, "damaged", "download it again"]
 
@@ -242,10 +176,8 @@ def pickles_only(run):
 
 
 def other_tokenizer(run):
-  words = ["<unk>", "</s>", *(f"w{index}" for index in range(2, WORDS))]
-  words[7], words[9] = words[9], words[7]
-  write_tokenizer(run / "teacher", words)
-  return ["differ in 2 of 40 ids", "7: 'w7' / 'w9'", "9: 'w9' / 'w7'", "choose"]
+  pair.write_tokenizer(run / "teacher", "bacdefghijklmnopqrstuvwxyz .,")
+  return ["differ in 2 of 32 ids", "3: 'a' / 'b', 4: 'b' / 'a'", "choose"]
 
 
 def no_tokenizer(run):
@@ -274,14 +206,14 @@ def change_model(run, **fields):
 
 
 def empty_data(run):
-  (run / "prompts.jsonl").write_text("\n")
-  return ["prompts.jsonl", "no rows", "one object a line"]
+  (run / "texts.jsonl").write_text("\n")
+  return ["texts.jsonl", "no rows", "one object a line"]
 
 
 def malformed_row(run):
-  with (run / "prompts.jsonl").open("a") as file:
-    file.write('{"text": "w2"\n')
-  return ["prompts.jsonl, line 9", "not valid JSON", "every line"]
+  with (run / "texts.jsonl").open("a") as file:
+    file.write('{"text": "abc"\n')
+  return ["texts.jsonl, line 11", "not valid JSON", "every line"]
 
 
 def no_get_config(run):
@@ -344,8 +276,11 @@ def test_a_bad_command_is_refused(arguments, parts, refused):
   assert all(part in line for part in parts), line
 
 
-def test_an_empty_prompt_is_refused(pair, refused):
-  line = refused(["generate", f"--model={pair}/student", "--prompt="])
+def test_an_empty_prompt_is_refused(run, refused):
+  file = run / "student" / "tokenizer.json"
+  values = json.loads(file.read_text())
+  file.write_text(json.dumps({**values, "post_processor": None}))
+  line = refused(["generate", f"--model={run}/student", "--prompt="])
   assert "prompt '' has no token; write some text" in line
 
 
@@ -359,11 +294,7 @@ def test_a_run_its_export_and_another_run_in_its_folder(
   assert cli.main(export_command) == 0
   assert capfd.readouterr().out == f"wrote step 1 to {out}\n"
   got, want = (
-    {
-      name: value
-      for file in folder.glob("*.safetensors")
-      for name, value in load_file(file).items()
-    }
+    load_file(folder / "model.safetensors")
     for folder in (out, run / "out" / "export")
   )
   assert got.keys() == want.keys()
