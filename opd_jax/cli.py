@@ -45,6 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
   except FloatingPointError as error:
     _complain(str(error))
     return 1
+  except KeyboardInterrupt:
+    print("opd-jax: interrupted", file=sys.stderr)
+    return 128 + signal.SIGINT
 
 
 def _train(arguments: Sequence[str]) -> int:

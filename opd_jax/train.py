@@ -322,18 +322,21 @@ def _samples(
   tokens, mask, reason = jax.device_get(
     (rollout.tokens, rollout.sampled_mask, rollout.stop_reason)
   )
-  decode = setup.tokenizer.decode
-  return [
-    {
-      "prompt": decode(
-        batch.tokens[row // rollouts][: batch.lengths[row // rollouts]].tolist()
-      ),
-      "completion": decode(tokens[row][mask[row]].tolist()),
-      "length": int(mask[row].sum()),
-      "stopped": bool(reason[row] == STOP_ID),
-    }
-    for row in range(min(count, len(batch.rows) * rollouts))
-  ]
+  samples = []
+  for row in range(min(count, len(batch.rows) * rollouts)):
+    prompt = batch.tokens[row // rollouts]
+    prompt = prompt[: batch.lengths[row // rollouts]].tolist()
+    samples.append(
+      {
+        "prompt": setup.tokenizer.decode(prompt),
+        "completion": setup.tokenizer.decode_after(
+          prompt, tokens[row][mask[row]].tolist()
+        ),
+        "length": int(mask[row].sum()),
+        "stopped": bool(reason[row] == STOP_ID),
+      }
+    )
+  return samples
 
 
 def _due(every: int | None, done: int) -> bool:
