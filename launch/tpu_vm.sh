@@ -3,7 +3,7 @@
 # itself. Needs gcloud, logged in.
 #
 #   launch/tpu_vm.sh --tpu=NAME --zone=ZONE [--project=PROJECT] [--setup] \
-#     [--dry-run] -- --config=configs/... --workdir=gs://BUCKET/runs/q
+#     [--dry-run] -- --config=configs/... --workdir=/mnt/nfs/runs/q
 #
 #   --setup    first copies the committed files of this checkout to every host
 #              and installs them there, into ~/opd_jax/.venv

@@ -239,7 +239,12 @@ def _describe(flag: Any) -> str:
 
 def _check_folder(flag: str, path: str) -> None:
   """Raises unless a folder is there, or could be made."""
-  there = Path(path).expanduser().absolute()
+  if "://" in path:
+    raise InputError(
+      f"{flag}={path}: buckets are not supported; name a folder, on a disk "
+      "that all hosts share if there are several"
+    )
+  there = Path(path).absolute()
   while not there.exists():
     there = there.parent
   if not there.is_dir():

@@ -262,6 +262,10 @@ def test_a_bad_file_is_refused(damage, run, refused):
     (["tarin"], ["'tarin'", "train, generate, export"]),
     (["train"], ["--config and --workdir", "opd-jax train --help"]),
     (["train", "--config=a.py"], ["needs --workdir"]),
+    (
+      ["train", "--config=a.py", "--workdir=gs://bucket/run"],
+      ["gs://bucket/run", "not supported", "name a folder"],
+    ),
     (["train", "--wrokdir=x"], ["'wrokdir'", "workdir"]),
     (["train", "x"], ["'x'", "--flag=value"]),
     (["generate", "--prompt=x"], ["needs --model"]),
