@@ -80,9 +80,9 @@ def _train(arguments: Sequence[str]) -> int:
   if not _parse(values, "train", others, required=("config", "workdir")):
     return 0
   _check_folder("--workdir", values.workdir)
-  from opd_jax import config as config_lib
+  from opd_jax import parsing
 
-  config = config_lib.load(
+  config = parsing.load(
     values.config,
     [override.removeprefix("--config.") for override in overrides],
   )
@@ -129,11 +129,12 @@ def _generate(arguments: Sequence[str]) -> int:
   )
   if not _parse(values, "generate", arguments, required=("model", "prompt")):
     return 0
-  from opd_jax import config as config_lib
+  from opd_jax import parsing
+  from opd_jax.config import SamplingConfig
 
   names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p")
-  sampling = config_lib.parse(
-    config_lib.SamplingConfig, {name: values[name].value for name in names}
+  sampling = parsing.parse(
+    SamplingConfig, {name: values[name].value for name in names}
   )
   if values.samples < 1:
     raise InputError(f"--samples must be >= 1, got {values.samples}")

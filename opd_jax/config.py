@@ -1,24 +1,19 @@
-"""What a run is made of: frozen dataclasses, parsed once from a ConfigDict.
+"""What a run is made of: frozen dataclasses, filled once by `parsing.py`.
 
-Unknown keys, wrong types and values out of range raise `InputError` here, with
-the dotted name of the key, before anything touches a device. `None` means off.
+A value out of range raises `InputError` with the dotted name of its key, before
+anything touches a device. `None` means off.
 """
 
-import ast
 import dataclasses
-import difflib
 import math
-import runpy
-import types
-import typing
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from opd_jax.errors import InputError
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
+  """Raises InputError with the message unless the condition holds."""
   if not condition:
     raise InputError(message)
 
@@ -74,11 +69,11 @@ class DataConfig:
   shuffle: bool = True
 
   def __post_init__(self):
-    _require(
+    require(
       self.max_prompt_tokens >= 1,
       f"data.max_prompt_tokens must be >= 1, got {self.max_prompt_tokens}",
     )
-    _require(
+    require(
       self.prompt_tokens is None or self.prompt_tokens >= 1,
       f"data.prompt_tokens must be >= 1 or None, got {self.prompt_tokens}",
     )
@@ -107,21 +102,21 @@ class SamplingConfig:
   stop_ids: tuple[int, ...] | None = None
 
   def __post_init__(self):
-    _require(
+    require(
       self.max_new_tokens >= 1,
       f"sampling.max_new_tokens must be >= 1, got {self.max_new_tokens}",
     )
-    _require(
+    require(
       self.temperature >= 0 and math.isfinite(self.temperature),
       f"sampling.temperature must be >= 0, got {self.temperature}",
     )
-    _require(
+    require(
       self.top_k is None or self.top_k >= 1,
       f"sampling.top_k must be >= 1, got {self.top_k}; use None for all",
     )
     for name in ("top_p", "min_p"):
       value = getattr(self, name)
-      _require(
+      require(
         value is None or 0 < value <= 1,
         f"sampling.{name} must be in (0, 1], got {value}; use None for off",
       )
@@ -148,9 +143,9 @@ class BatchConfig:
   def __post_init__(self):
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
-      _require(value >= 1, f"batch.{field.name} must be >= 1, got {value}")
+      require(value >= 1, f"batch.{field.name} must be >= 1, got {value}")
     rows = self.prompts * self.rollouts
-    _require(
+    require(
       rows % self.micro_batches == 0,
       f"batch.micro_batches={self.micro_batches} does not divide the {rows} "
       "rows (prompts x rollouts); choose a divisor of them",
@@ -185,29 +180,29 @@ class OptimizerConfig:
   clip_norm: float | None = 1.0
 
   def __post_init__(self):
-    _require(
+    require(
       self.learning_rate > 0,
       f"optimizer.learning_rate must be > 0, got {self.learning_rate}",
     )
-    _require(
+    require(
       self.warmup_steps >= 0,
       f"optimizer.warmup_steps must be >= 0, got {self.warmup_steps}",
     )
-    _require(
+    require(
       0 <= self.final_fraction <= 1,
       f"optimizer.final_fraction must be in [0, 1], got {self.final_fraction}",
     )
     for name in ("b1", "b2"):
       value = getattr(self, name)
-      _require(
+      require(
         0 <= value < 1, f"optimizer.{name} must be in [0, 1), got {value}"
       )
-    _require(self.eps > 0, f"optimizer.eps must be > 0, got {self.eps}")
-    _require(
+    require(self.eps > 0, f"optimizer.eps must be > 0, got {self.eps}")
+    require(
       self.weight_decay >= 0,
       f"optimizer.weight_decay must be >= 0, got {self.weight_decay}",
     )
-    _require(
+    require(
       self.clip_norm is None or self.clip_norm > 0,
       f"optimizer.clip_norm must be > 0 or None, got {self.clip_norm}",
     )
@@ -234,16 +229,16 @@ class MeshConfig:
   def __post_init__(self):
     sizes = dataclasses.asdict(self)
     for name, size in sizes.items():
-      _require(
+      require(
         size >= 1 or size == -1,
         f"mesh.{name} must be >= 1, or -1 for the rest, got {size}",
       )
     free = [name for name, size in sizes.items() if size == -1]
-    _require(
+    require(
       len(free) <= 1, f"only one mesh axis may be -1, got {', '.join(free)}"
     )
     for name in ("context", "expert"):
-      _require(
+      require(
         sizes[name] == 1,
         f"mesh.{name} must be 1: nothing is spread over it yet, got "
         f"{sizes[name]}; use fsdp and tensor",
@@ -277,8 +272,8 @@ class EvalConfig:
   def __post_init__(self):
     for name in ("rows", "every", "batch"):
       value = getattr(self, name)
-      _require(value >= 1, f"eval.{name} must be >= 1, got {value}")
-    _require(
+      require(value >= 1, f"eval.{name} must be >= 1, got {value}")
+    require(
       self.max_tokens >= 2,
       f"eval.max_tokens must be >= 2, got {self.max_tokens}",
     )
@@ -301,7 +296,7 @@ class CheckpointConfig:
   def __post_init__(self):
     for name in ("every", "keep_latest"):
       value = getattr(self, name)
-      _require(value >= 1, f"checkpoint.{name} must be >= 1, got {value}")
+      require(value >= 1, f"checkpoint.{name} must be >= 1, got {value}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -327,12 +322,12 @@ class LogConfig:
   def __post_init__(self):
     for name in ("every", "sample_every", "time_split_every"):
       value = getattr(self, name)
-      _require(
+      require(
         value is None or value >= 1, f"log.{name} must be >= 1, got {value}"
       )
-    _require(self.samples >= 0, f"log.samples must be >= 0, got {self.samples}")
+    require(self.samples >= 0, f"log.samples must be >= 0, got {self.samples}")
     steps = self.profile_steps
-    _require(
+    require(
       steps is None or (len(steps) == 2 and 0 <= steps[0] <= steps[1]),
       f"log.profile_steps must be (first, last) or None, got {steps}",
     )
@@ -376,167 +371,12 @@ class RunConfig:
   mode: Literal["fused", "split"] = "fused"
 
   def __post_init__(self):
-    _require(self.steps >= 1, f"steps must be >= 1, got {self.steps}")
-    _require(
+    require(self.steps >= 1, f"steps must be >= 1, got {self.steps}")
+    require(
       0 <= self.seed < 2**31, f"seed must be in [0, 2**31), got {self.seed}"
     )
-    _require(
+    require(
       isinstance(self.objective.get("name"), str),
       "objective.name must name an objective, got "
       f"{self.objective.get('name')!r}",
     )
-
-
-def load(location: str, overrides: Sequence[str] = ()) -> RunConfig:
-  """Reads an experiment: a Python file that defines `get_config`.
-
-  Args:
-    location: "FILE.py", or "FILE.py:ARG" for `get_config(ARG)`.
-    overrides: "dotted.key=value" each, set after the file has been read. A
-      value is a Python literal, or else a string.
-
-  Raises:
-    InputError: no such file, a file that does not run or gives no config, or
-      whatever `parse` complains about.
-  """
-  path, _, argument = location.partition(":")
-  if not Path(path).is_file():
-    raise InputError(
-      f"no config file {path!r}; give a Python file that defines get_config, "
-      "such as configs/tinystories_babyllama.py"
-    )
-  # A config file is the user's own program: what it raises is shown whole.
-  get_config = runpy.run_path(path).get("get_config")
-  if not callable(get_config):
-    raise InputError(
-      f"{path} defines no function get_config; write one that returns the "
-      "experiment as a ConfigDict, as in configs/tinystories_babyllama.py"
-    )
-  values = get_config(argument) if argument else get_config()
-  if not hasattr(values, "items"):
-    raise InputError(
-      f"get_config of {path} must return a ConfigDict or a dict, got "
-      f"{type(values).__name__}"
-    )
-  values = _plain(values)
-  for override in overrides:
-    _override(values, override)
-  return parse(RunConfig, values)
-
-
-def _plain(values: Any) -> Any:
-  """Nested dicts of a ConfigDict."""
-  if not hasattr(values, "items"):
-    return values
-  return {key: _plain(value) for key, value in values.items()}
-
-
-def _override(values: dict[str, Any], override: str) -> None:
-  name, found, text = override.partition("=")
-  _require(
-    bool(found), f"--config.{name} has no value; write --config.{name}=VALUE"
-  )
-  try:
-    value = ast.literal_eval(text)
-  except (SyntaxError, ValueError):
-    value = text
-  *groups, key = name.split(".")
-  for group in groups:
-    values = values.setdefault(group, {})
-    _require(
-      isinstance(values, dict),
-      f"--config.{name}: {group} is not a group of keys but {values!r}; see "
-      "opd_jax/config.py for the keys there are",
-    )
-  values[key] = value
-
-
-def parse(cls: type, values: Mapping[str, Any], prefix: str = "") -> Any:
-  """Builds a config dataclass from nested mappings, checking every key.
-
-  Args:
-    cls: a config dataclass; fields may be dataclasses themselves.
-    values: a ConfigDict or dict.
-    prefix: dotted name of `values` in the whole config, for messages.
-
-  Raises:
-    InputError: unknown key (with the nearest known one), missing key, wrong
-      type, value out of range.
-  """
-  fields = {field.name: field for field in dataclasses.fields(cls)}
-  hints = typing.get_type_hints(cls)
-  for key in values:
-    if key not in fields:
-      near = difflib.get_close_matches(key, fields, n=1)
-      hint = f"did you mean {prefix}{near[0]}? " if near else ""
-      raise InputError(
-        f"unknown config key {prefix}{key}; {hint}known keys: "
-        f"{', '.join(sorted(fields))}"
-      )
-  arguments = {}
-  for name, field in fields.items():
-    if name in values:
-      arguments[name] = _convert(hints[name], values[name], prefix + name)
-    elif (
-      field.default is dataclasses.MISSING
-      and field.default_factory is dataclasses.MISSING
-    ):
-      raise InputError(f"config key {prefix}{name} is missing")
-  try:
-    return cls(**arguments)
-  except InputError:
-    raise
-  except ValueError as error:
-    raise InputError(f"{prefix.rstrip('.')}: {error}") from error
-
-
-def _convert(hint: Any, value: Any, name: str) -> Any:
-  """Checks a value against a field's type; int becomes float where asked."""
-  if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-    if isinstance(value, hint):
-      return value
-    _require(
-      isinstance(value, Mapping) or hasattr(value, "items"),
-      f"{name} must be a group of keys, got {value!r}",
-    )
-    return parse(hint, dict(value.items()), f"{name}.")
-  if _matches(hint, value):
-    if isinstance(value, list):
-      return tuple(value)
-    return value
-  if _matches(hint, 0.0) and type(value) is int:
-    return float(value)
-  raise InputError(
-    f"{name} must be {_describe(hint)}, got {value!r} ({type(value).__name__})"
-  )
-
-
-def _matches(hint: Any, value: Any) -> bool:
-  origin = typing.get_origin(hint)
-  if origin is Literal:
-    return value in typing.get_args(hint)
-  if origin in (types.UnionType, typing.Union):
-    return any(_matches(option, value) for option in typing.get_args(hint))
-  if origin is tuple:
-    (item, _) = typing.get_args(hint)
-    return isinstance(value, tuple | list) and all(
-      _matches(item, element) for element in value
-    )
-  if origin is Mapping:
-    return isinstance(value, Mapping) or hasattr(value, "items")
-  if hint is type(None):
-    return value is None
-  if hint in (int, float):
-    return type(value) is hint
-  return isinstance(value, hint)
-
-
-def _describe(hint: Any) -> str:
-  origin = typing.get_origin(hint)
-  if origin is Literal:
-    return "one of " + ", ".join(repr(item) for item in typing.get_args(hint))
-  if origin in (types.UnionType, typing.Union):
-    return " or ".join(_describe(option) for option in typing.get_args(hint))
-  if hint is type(None):
-    return "None"
-  return getattr(hint, "__name__", str(hint)) if origin is None else str(hint)

@@ -4,12 +4,13 @@ from pathlib import Path
 
 import jax
 
-from opd_jax import config as config_lib
 from opd_jax import objectives, optim
 from opd_jax.checkpoint import Checkpoints
+from opd_jax.config import RunConfig
 from opd_jax.errors import InputError
 from opd_jax.export import check_free, export
 from opd_jax.models import Model, hf
+from opd_jax.parsing import parse
 from opd_jax.sharding import TRAIN_RULES, Layout, make_mesh
 from opd_jax.step import abstract_state
 from opd_jax.train import CHECKPOINT_FOLDER
@@ -41,7 +42,7 @@ def export_run(
   """
   check_free(out)
   checkpoints = Checkpoints(Path(workdir) / CHECKPOINT_FOLDER, None)
-  config = config_lib.parse(config_lib.RunConfig, checkpoints.read_manifest())
+  config = parse(RunConfig, checkpoints.read_manifest())
   number = _step_number(checkpoints, step)
   mesh = make_mesh({}, jax.devices("cpu")[:1])
   student = Model(

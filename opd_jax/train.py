@@ -89,13 +89,12 @@ def train(config: RunConfig, workdir: str | Path) -> Summary:
   # --- Check everything on the host. ---
   setup = setup_lib.prepare(config)
   step = setup_lib.make_step(setup)
-  for line in describe(setup, step):
-    tell.print(line)
-
   with contextlib.ExitStack() as stack:
     checkpoints = Checkpoints(workdir / CHECKPOINT_FOLDER, config.checkpoint)
     stack.callback(checkpoints.close)
     checkpoints.save_manifest(dataclasses.asdict(config))
+    for line in describe(setup, step):
+      tell.print(line)
 
     # --- Weights, straight into their places. ---
     losses: dict[str, float | None] = {"before": None, "after": None}
@@ -120,8 +119,8 @@ def train(config: RunConfig, workdir: str | Path) -> Summary:
       tell.print("compiling the step ...")
       layout = step.scorer.student.layout
       programs.compile(state, frozen, _abstract_inputs(config, layout))
-      held_out_loss = _held_out_loss(setup, step, state.params)
       tell.print(f"compiled in {programs.compile_seconds:.1f} s")
+      held_out_loss = _held_out_loss(setup, step, state.params)
 
       # --- The loop. ---
       writer = Writer(workdir, saved_step) if first_process else None
@@ -223,10 +222,15 @@ def describe(setup: Setup, step: Step) -> Iterator[str]:
   )
   yield (
     f"prompts {config.data.path}: {report.kept} of {report.rows} rows, "
-    f"{report.truncated} truncated, {report.dropped} too long and dropped, "
-    f"{report.empty} empty, mean {report.mean_length:.1f} and at most "
-    f"{report.longest} tokens"
+    f"{report.mean_length:.1f} tokens on average, the longest {report.longest}"
   )
+  for count, fate in (
+    (report.truncated, "longer than the window: their last tokens are used"),
+    (report.dropped, "longer than the window and dropped"),
+    (report.empty, "without a token and dropped"),
+  ):
+    if count:
+      yield f"prompts: {count} {fate}"
   ids = {
     "student": setup.student.vocab_size,
     "teacher": setup.teacher.vocab_size,
@@ -248,7 +252,7 @@ def describe(setup: Setup, step: Step) -> Iterator[str]:
     f"{list(setup.stop_ids)}"
   )
   yield (
-    f"{mesh.size} {jax.devices()[0].device_kind} device(s)"
+    f"devices: {mesh.size} x {jax.devices()[0].device_kind}"
     f"{': ' + ' x '.join(sizes) if sizes else ''}, {config.mode} step"
   )
 

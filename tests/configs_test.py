@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from opd_jax import config as config_lib
-from opd_jax import objectives, setup
+from opd_jax import objectives, parsing, setup
 from opd_jax.models import ModelConfig, hf
 from opd_jax.sharding import MESH_AXES
 
@@ -83,7 +83,7 @@ def test_config_parses_and_its_mesh_divides_its_models(name, shared_data):
   path = REPO / "configs" / name
   local = "/shared/data" in path.read_text()
   location = f"{path}:{shared_data}" if local else str(path)
-  config = config_lib.load(location)
+  config = parsing.load(location)
   student = architecture(config.student.path)
   teacher = architecture(config.teacher.path)
   window = config.data.max_prompt_tokens + config.sampling.max_new_tokens

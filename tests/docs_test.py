@@ -8,7 +8,7 @@ import typing
 
 import pytest
 
-from opd_jax import cli
+from opd_jax import cli, parsing
 from opd_jax import config as config_lib
 from opd_jax.objectives import OBJECTIVES
 
@@ -34,7 +34,7 @@ def test_examples_run(path):
   for block in blocks(path):
     exec(compile(block, str(path), "exec"), namespace)
   if "get_config" in namespace:
-    config_lib.parse(config_lib.RunConfig, namespace["get_config"]())
+    parsing.parse(config_lib.RunConfig, namespace["get_config"]())
 
 
 @pytest.mark.parametrize("path", PAGES, ids=page_name)

@@ -10,7 +10,8 @@ import pytest
 
 from opd_jax import setup as setup_lib
 from opd_jax.checkpoint import Checkpoints
-from opd_jax.config import RunConfig, parse
+from opd_jax.config import RunConfig
+from opd_jax.parsing import parse
 from opd_jax.programs import Programs
 from opd_jax.run_export import export_run
 from opd_jax.sharding import make_mesh

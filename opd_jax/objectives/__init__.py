@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from opd_jax import config as config_lib
+from opd_jax import parsing
 from opd_jax.errors import InputError
 from opd_jax.objectives import gkd, opd_k1
 from opd_jax.objectives.base import Objective
@@ -33,7 +33,7 @@ def create(options: Mapping[str, Any]) -> Objective:
     )
   module = OBJECTIVES[name]
   try:
-    config = config_lib.parse(module.Config, options, "objective.")
+    config = parsing.parse(module.Config, options, "objective.")
   except InputError as error:
     raise InputError(f"objective {name}: {error}") from error
   return Objective.bind(name, module, config)

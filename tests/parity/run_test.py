@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from opd_jax import config as config_lib
+from opd_jax import parsing
 from opd_jax import setup as setup_lib
 from opd_jax.config import SamplingConfig
 from opd_jax.generate import generate
@@ -26,7 +26,7 @@ def test_export_of_the_real_student(shared_data, monkeypatch, tmp_path):
   monkeypatch.setattr(
     setup_lib, "make_mesh", lambda sizes: make_mesh({}, jax.devices()[:1])
   )
-  config = config_lib.load(
+  config = parsing.load(
     f"configs/tinystories_babyllama.py:{shared_data}",
     ["steps=3", "log.time_split_every=None", "optimizer.warmup_steps=0"],
   )

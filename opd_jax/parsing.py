@@ -1,0 +1,173 @@
+"""From a config file or nested mappings to config dataclasses, all checked.
+
+A file is a Python program that defines `get_config(arg)` and returns a
+ConfigDict or a dict; overrides come from the command line.
+"""
+
+import ast
+import dataclasses
+import difflib
+import runpy
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from opd_jax.config import RunConfig, require
+from opd_jax.errors import InputError
+
+
+def load(location: str, overrides: Sequence[str] = ()) -> RunConfig:
+  """Reads an experiment: a Python file that defines `get_config`.
+
+  Args:
+    location: "FILE.py", or "FILE.py:ARG" for `get_config(ARG)`.
+    overrides: "dotted.key=value" each, set after the file has been read. A
+      value is a Python literal, or else a string.
+
+  Raises:
+    InputError: no such file, a file that does not run or gives no config, or
+      whatever `parse` complains about.
+  """
+  path, _, argument = location.partition(":")
+  if not Path(path).is_file():
+    raise InputError(
+      f"no config file {path!r}; give a Python file that defines get_config, "
+      "such as configs/tinystories_babyllama.py"
+    )
+  # A config file is the user's own program: what it raises is shown whole.
+  get_config = runpy.run_path(path).get("get_config")
+  if not callable(get_config):
+    raise InputError(
+      f"{path} defines no function get_config; write one that returns the "
+      "experiment as a ConfigDict, as in configs/tinystories_babyllama.py"
+    )
+  values = get_config(argument) if argument else get_config()
+  if not hasattr(values, "items"):
+    raise InputError(
+      f"get_config of {path} must return a ConfigDict or a dict, got "
+      f"{type(values).__name__}"
+    )
+  values = _plain(values)
+  for override in overrides:
+    _override(values, override)
+  return parse(RunConfig, values)
+
+
+def _plain(values: Any) -> Any:
+  """Nested dicts of a ConfigDict."""
+  if not hasattr(values, "items"):
+    return values
+  return {key: _plain(value) for key, value in values.items()}
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+  name, found, text = override.partition("=")
+  require(
+    bool(found), f"--config.{name} has no value; write --config.{name}=VALUE"
+  )
+  try:
+    value = ast.literal_eval(text)
+  except (SyntaxError, ValueError):
+    value = text
+  *groups, key = name.split(".")
+  for group in groups:
+    values = values.setdefault(group, {})
+    require(
+      isinstance(values, dict),
+      f"--config.{name}: {group} is not a group of keys but {values!r}; see "
+      "opd_jax/config.py for the keys there are",
+    )
+  values[key] = value
+
+
+def parse(cls: type, values: Mapping[str, Any], prefix: str = "") -> Any:
+  """Builds a config dataclass from nested mappings, checking every key.
+
+  Args:
+    cls: a config dataclass; fields may be dataclasses themselves.
+    values: a ConfigDict or dict.
+    prefix: dotted name of `values` in the whole config, for messages.
+
+  Raises:
+    InputError: unknown key (with the nearest known one), missing key, wrong
+      type, value out of range.
+  """
+  fields = {field.name: field for field in dataclasses.fields(cls)}
+  hints = typing.get_type_hints(cls)
+  for key in values:
+    if key not in fields:
+      near = difflib.get_close_matches(key, fields, n=1)
+      hint = f"did you mean {prefix}{near[0]}? " if near else ""
+      raise InputError(
+        f"unknown config key {prefix}{key}; {hint}known keys: "
+        f"{', '.join(sorted(fields))}"
+      )
+  arguments = {}
+  for name, field in fields.items():
+    if name in values:
+      arguments[name] = _convert(hints[name], values[name], prefix + name)
+    elif (
+      field.default is dataclasses.MISSING
+      and field.default_factory is dataclasses.MISSING
+    ):
+      raise InputError(f"config key {prefix}{name} is missing")
+  try:
+    return cls(**arguments)
+  except InputError:
+    raise
+  except ValueError as error:
+    raise InputError(f"{prefix.rstrip('.')}: {error}") from error
+
+
+def _convert(hint: Any, value: Any, name: str) -> Any:
+  """Checks a value against a field's type; int becomes float where asked."""
+  if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+    if isinstance(value, hint):
+      return value
+    require(
+      isinstance(value, Mapping) or hasattr(value, "items"),
+      f"{name} must be a group of keys, got {value!r}",
+    )
+    return parse(hint, dict(value.items()), f"{name}.")
+  if _matches(hint, value):
+    if isinstance(value, list):
+      return tuple(value)
+    return value
+  if _matches(hint, 0.0) and type(value) is int:
+    return float(value)
+  raise InputError(
+    f"{name} must be {_describe(hint)}, got {value!r} ({type(value).__name__})"
+  )
+
+
+def _matches(hint: Any, value: Any) -> bool:
+  origin = typing.get_origin(hint)
+  if origin is Literal:
+    return value in typing.get_args(hint)
+  if origin in (types.UnionType, typing.Union):
+    return any(_matches(option, value) for option in typing.get_args(hint))
+  if origin is tuple:
+    (item, _) = typing.get_args(hint)
+    return isinstance(value, tuple | list) and all(
+      _matches(item, element) for element in value
+    )
+  if origin is Mapping:
+    return isinstance(value, Mapping) or hasattr(value, "items")
+  if hint is type(None):
+    return value is None
+  if hint in (int, float):
+    return type(value) is hint
+  return isinstance(value, hint)
+
+
+def _describe(hint: Any) -> str:
+  origin = typing.get_origin(hint)
+  if origin is Literal:
+    return "one of " + ", ".join(repr(item) for item in typing.get_args(hint))
+  if origin in (types.UnionType, typing.Union):
+    return " or ".join(_describe(option) for option in typing.get_args(hint))
+  if hint is type(None):
+    return "None"
+  return getattr(hint, "__name__", str(hint)) if origin is None else str(hint)
