@@ -68,8 +68,8 @@ def test_export_of_the_real_student(shared_data, monkeypatch, tmp_path):
       torch.tensor([ids]), max_new_tokens=40, do_sample=False, pad_token_id=0
     )[0].tolist()
   assert list(completion.tokens) == drawn[len(ids) :]
-  assert completion.text == tokenizer.decode(
-    drawn[len(ids) :], skip_special_tokens=True
+  assert PROMPT + completion.text == tokenizer.decode(
+    drawn, skip_special_tokens=True
   )
   generation = json.loads((source / "generation_config.json").read_text())
   carried = json.loads(
