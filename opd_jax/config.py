@@ -101,6 +101,12 @@ class SamplingConfig:
   min_p: float | None = None
   stop_ids: tuple[int, ...] | None = None
 
+  @property
+  def is_pure(self) -> bool:
+    """Whether tokens are drawn from the whole distribution that is scored."""
+    filters = (self.top_k, self.top_p, self.min_p)
+    return self.temperature > 0 and all(value is None for value in filters)
+
   def __post_init__(self):
     require(
       self.max_new_tokens >= 1,
@@ -273,6 +279,11 @@ class EvalConfig:
     for name in ("rows", "every", "batch"):
       value = getattr(self, name)
       require(value >= 1, f"eval.{name} must be >= 1, got {value}")
+    require(
+      self.max_characters is None or self.max_characters >= 1,
+      f"eval.max_characters must be >= 1, got {self.max_characters}; use None "
+      "for all",
+    )
     require(
       self.max_tokens >= 2,
       f"eval.max_tokens must be >= 2, got {self.max_tokens}",

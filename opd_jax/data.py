@@ -2,7 +2,7 @@
 
 The only importer of grain. A file of prompts is small: every host tokenises
 all of it up front, so bad rows, counts and lengths are known before any device
-work, and takes its share of each global batch. Arrays are numpy's.
+work, and makes the same batches. Arrays are numpy's.
 """
 
 import dataclasses
@@ -62,8 +62,26 @@ def read_jsonl(path: str | Path, field: str) -> list[dict[str, Any]]:
         f"{where}: field {field!r} must be a string, got "
         f"{type(row[field]).__name__}"
       )
+    try:
+      row[field].encode()
+    except UnicodeEncodeError as error:
+      raise InputError(
+        f"{where}: field {field!r} is not valid text ({error.reason} at "
+        f"character {error.start}); correct the row"
+      ) from error
     rows.append(row)
   return rows
+
+
+def check_ids(ids: Sequence[int], vocab_size: int, where: str) -> None:
+  """Raises InputError if a text has an id that a model has no row for."""
+  largest = max(ids, default=0)
+  if largest >= vocab_size:
+    raise InputError(
+      f"{where}: the tokenizer gives id {largest}, but the models have the ids "
+      f"0 to {vocab_size - 1}; use the tokenizer that belongs to them, or texts "
+      "without its added tokens"
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,7 +109,7 @@ class PromptReport:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Batch:
-  """This host's share of the prompts of one step.
+  """The prompts of one step.
 
   Attributes:
     tokens: left-aligned ids, then 0; the fields of a `types.PromptBatch`.
@@ -109,9 +127,8 @@ class Batch:
 class Prompts(Iterator[Batch]):
   """Endless batches of prompts; every epoch has each row once.
 
-  Batches run across the end of an epoch, so no row is left out. Process p of n
-  takes the p-th of n equal blocks of the global batch: the blocks in order are
-  the batch one process would see, and the state does not depend on n.
+  Batches run across the end of an epoch, so no row is left out. Every process
+  makes the whole batch, and places of it what its devices hold.
 
   Attributes:
     report: what became of the rows of the file.
@@ -124,8 +141,7 @@ class Prompts(Iterator[Batch]):
     *,
     seed: int,
     batch_size: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    vocab_size: int,
   ):
     """Reads and tokenises the whole file.
 
@@ -133,28 +149,20 @@ class Prompts(Iterator[Batch]):
       config: the file, and how its rows become prompts.
       encode: text to ids.
       seed: of the order.
-      batch_size: prompts per step over all processes.
-      process_index: of this process.
-      process_count: how many share the batch.
+      batch_size: prompts per step.
+      vocab_size: ids that all models have.
 
     Raises:
-      InputError: bad file, a prompt too long where `overlong` is "error", no
-        prompt left, or a batch that the processes cannot share equally.
+      InputError: bad file, a prompt too long where `overlong` is "error", an
+        id that a model does not have, or no prompt left.
     """
-    if batch_size < 1 or batch_size % process_count:
-      raise InputError(
-        f"batch.prompts must be a positive multiple of the {process_count} "
-        f"processes, got {batch_size}"
-      )
     self._texts = [
       row[config.field] for row in read_jsonl(config.path, config.field)
     ]
-    self._ids, self.report = _prepare(config, self._texts, encode)
+    self._ids, self.report = _prepare(config, self._texts, encode, vocab_size)
     self._rows = sorted(self._ids)
     self._window = config.max_prompt_tokens
     self._digest = _digest(self._ids)
-    share = batch_size // process_count
-    self._share = slice(process_index * share, (process_index + 1) * share)
     order = grain.MapDataset.source(range(len(self._rows)))
     if config.shuffle:
       order = order.seed(seed).shuffle()
@@ -165,7 +173,7 @@ class Prompts(Iterator[Batch]):
     )
 
   def __next__(self) -> Batch:
-    picked = next(self._batches)[self._share]
+    picked = next(self._batches)
     rows = tuple(self._rows[index] for index in picked)
     tokens = np.zeros((len(rows), self._window), np.int32)
     for slot, row in enumerate(rows):
@@ -200,6 +208,7 @@ def _prepare(
   config: DataConfig,
   texts: Sequence[str],
   encode: Callable[[str], Sequence[int]],
+  vocab_size: int,
 ) -> tuple[dict[int, np.ndarray], PromptReport]:
   """Ids of the prompts to use by row, and the counts."""
   window = config.max_prompt_tokens
@@ -209,6 +218,7 @@ def _prepare(
     if config.replace_newlines is not None:
       text = text.replace("\n", config.replace_newlines)
     ids = np.asarray(encode(text)[: config.prompt_tokens], np.int32)
+    check_ids(ids, vocab_size, f"{config.path}, line {row + 1}")
     longest = max(longest, len(ids))
     if len(ids) > window:
       if config.overlong == "error":

@@ -14,6 +14,7 @@ from opd_jax.errors import InputError
 from opd_jax.models import Model
 from opd_jax.objectives.base import Needs, Request
 from opd_jax.scoring import Scorer
+from opd_jax.sharding import Layout
 from opd_jax.types import Params, PromptBatch, ScoringBatch
 
 
@@ -29,22 +30,48 @@ class HeldOut:
   tokens: Int[np.ndarray, "N B S"]
   lengths: Int[np.ndarray, "N B"]
 
+  def place(self, layout: Layout) -> tuple[Array, Array]:
+    """The texts on the devices, each batch spread over the batch axes.
 
-def read(config: EvalConfig, encode: Callable[[str], Sequence[int]]) -> HeldOut:
+    Rows of padding fill a batch up to what the mesh divides.
+    """
+    missing = -self.lengths.shape[1] % layout.shards("batch")
+
+    def put(array: np.ndarray) -> Array:
+      behind = [(0, 0)] * (array.ndim - 2)
+      array = np.pad(array, [(0, 0), (0, missing), *behind])
+      axes = (None, "batch") + (None,) * (array.ndim - 2)
+      return jax.make_array_from_callback(
+        array.shape, layout.sharding(axes), lambda index: array[index]
+      )
+
+    return put(self.tokens), put(self.lengths)
+
+
+def read(
+  config: EvalConfig, encode: Callable[[str], Sequence[int]], vocab_size: int
+) -> HeldOut:
   """Reads and encodes the texts of a JSONL file.
 
+  Args:
+    config: the file, and how its texts are cut.
+    encode: text to ids.
+    vocab_size: ids of the model.
+
   Raises:
-    InputError: bad file, or no text with two ids or more.
+    InputError: bad file, an id the model does not have, or no text with two
+      ids or more.
   """
   if config.path is None:
     raise ValueError("eval.path is None: there is nothing to read")
   rows = data.read_jsonl(config.path, config.field)[: config.rows]
   texts = []
-  for row in rows:
+  for number, row in enumerate(rows, start=1):
     text = row[config.field][: config.max_characters]
     if config.replace_newlines is not None:
       text = text.replace("\n", config.replace_newlines)
     texts.append(list(encode(text))[: config.max_tokens])
+    data.check_ids(texts[-1], vocab_size, f"{config.path}, line {number}")
   if max(map(len, texts)) < 2:
     raise InputError(
       f"{config.path}: no text has two ids or more, so there is no token to "

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opd_jax import sampling, tokenizer
+from opd_jax import data, sampling, tokenizer
 from opd_jax.config import SamplingConfig
 from opd_jax.errors import InputError
-from opd_jax.models import Model, hf
+from opd_jax.models import Model, ModelConfig, hf
 from opd_jax.sharding import DECODE_RULES, Layout, make_mesh
 from opd_jax.types import STOP_ID, PromptBatch
 
@@ -67,7 +67,7 @@ def generate(
     stop_ids = tokens.stop_ids
   vocab_size = min(architecture.vocab_size, tokens.id_count)
   sampling.check(config, stop_ids, samples, vocab_size)
-  ids = _encode(prompts, tokens, config, architecture.max_positions)
+  ids = _encode(prompts, tokens, config, architecture)
   available = len(jax.devices())
   if not 1 <= tensor <= available:
     raise InputError(
@@ -109,12 +109,14 @@ def _encode(
   prompts: Sequence[str],
   tokens: tokenizer.Tokenizer,
   config: SamplingConfig,
-  window: int,
+  architecture: ModelConfig,
 ) -> list[list[int]]:
+  window = architecture.max_positions
   ids = [tokens.encode(prompt) for prompt in prompts]
   for prompt, found in zip(prompts, ids, strict=True):
     if not found:
       raise InputError(f"prompt {prompt!r} has no token; write some text")
+    data.check_ids(found, architecture.vocab_size, f"prompt {prompt[:40]!r}")
     if len(found) + config.max_new_tokens > window:
       raise InputError(
         f"a prompt of {len(found)} tokens and max_new_tokens = "

@@ -14,7 +14,6 @@ import numpy as np
 from opd_jax import flops
 from opd_jax.metrics import check_finite
 from opd_jax.setup import Setup
-from opd_jax.types import StepInputs
 
 
 class Meter:
@@ -23,7 +22,6 @@ class Meter:
   def __init__(self, setup: Setup):
     self._setup = setup
     self._metrics: list[Mapping[str, jax.Array]] = []
-    self._prompt_lengths: list[jax.Array] = []
     self._began = time.monotonic()
     self.split: Mapping[str, float] = {}
 
@@ -35,16 +33,15 @@ class Meter:
     yield
     self._began += time.monotonic() - start
 
-  def add(self, metrics: Mapping[str, jax.Array], inputs: StepInputs) -> None:
+  def add(self, metrics: Mapping[str, jax.Array]) -> None:
     """Notes a step, without waiting for it."""
     self._metrics.append(metrics)
-    self._prompt_lengths.append(inputs.prompts.lengths)
 
   def check(self, step: int) -> None:
     """Raises FloatingPointError if a step up to this one has diverged."""
     fetched = jax.device_get(self._metrics)
     for index, values in enumerate(fetched, start=step - len(fetched) + 1):
-      check_finite(values, (index, index))
+      check_finite(values, index)
 
   @property
   def steps(self) -> int:
@@ -75,7 +72,6 @@ class Meter:
       record["time/update"] = max(rest, 0.0)
     record |= self._utilisation(record, seconds)
     self._metrics = []
-    self._prompt_lengths = []
     self._began = time.monotonic()
     return record
 
@@ -88,7 +84,7 @@ class Meter:
       (self._setup.teacher,),
       prompts=batch.prompts,
       rows=batch.prompts * batch.rollouts,
-      prompt_length=float(np.mean(jax.device_get(self._prompt_lengths))),
+      prompt_length=record["rollout/prompt_length_mean"],
       completion_length=record["rollout/length_mean"],
     )
     rate = operations / seconds / jax.device_count()

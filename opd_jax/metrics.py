@@ -91,14 +91,12 @@ def _append(file: TextIO, record: Mapping[str, Any]) -> None:
   file.flush()
 
 
-def check_finite(
-  values: Mapping[str, float], step_range: tuple[int, int]
-) -> None:
+def check_finite(values: Mapping[str, float], step: int) -> None:
   """Stops a run that diverged.
 
   Args:
     values: metrics by name.
-    step_range: first and last step since the previous check, inclusive.
+    step: that they are of.
 
   Raises:
     FloatingPointError: a value is NaN or infinite.
@@ -109,13 +107,14 @@ def check_finite(
     if not math.isfinite(value)
   }
   if bad:
-    first, last = step_range
     listed = ", ".join(f"{name} = {value}" for name, value in bad.items())
-    raise FloatingPointError(
-      f"{listed} between steps {first} and {last}; lower "
-      "optimizer.learning_rate or optimizer.clip_norm, or resume from the last "
-      "checkpoint with log.every = 1 to find the step"
+    remedy = (
+      "look at the data and the checkpoints of student and teacher"
+      if step == 1
+      else "lower optimizer.learning_rate or optimizer.clip_norm, and resume "
+      "from the last checkpoint"
     )
+    raise FloatingPointError(f"{listed} at step {step}; {remedy}")
 
 
 class Progress:

@@ -6,7 +6,6 @@ mesh tried against the models' shapes. What is wrong raises `InputError` here.
 
 import dataclasses
 
-import jax
 from jax.sharding import Mesh
 
 from opd_jax import evaluate, objectives, optim, sampling, tokenizer
@@ -85,8 +84,7 @@ def prepare(config: RunConfig) -> Setup:
     student_tokenizer.encode,
     seed=config.seed,
     batch_size=config.batch.prompts,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    vocab_size=vocab_size,
   )
   return Setup(
     config=config,
@@ -99,7 +97,9 @@ def prepare(config: RunConfig) -> Setup:
     prompts=prompts,
     held_out=None
     if config.eval.path is None
-    else evaluate.read(config.eval, student_tokenizer.encode),
+    else evaluate.read(
+      config.eval, student_tokenizer.encode, models["student"].vocab_size
+    ),
     objective=objective,
   )
 
@@ -172,6 +172,12 @@ def _check_window(role: str, model: ModelConfig, config: RunConfig) -> None:
       f"{completion} = {prompt + completion} exceeds the {role}'s window of "
       f"{model.max_positions} positions ({getattr(config, role).path}); "
       "lower one of them"
+    )
+  evaluated = role == "student" and config.eval.path is not None
+  if evaluated and config.eval.max_tokens > model.max_positions:
+    raise InputError(
+      f"eval.max_tokens = {config.eval.max_tokens} exceeds the student's window "
+      f"of {model.max_positions} positions ({config.student.path}); lower it"
     )
 
 

@@ -105,13 +105,19 @@ class Step:
   def score(self, frozen: Frozen, batch: ScoringBatch) -> Observed:
     """What the frozen models say of the drawn tokens, by itself."""
     roles = [role for role in self.objective.needs.roles() if role in frozen]
-    _, observed = self.scorer.fields(
-      self.objective.needs,
-      {role: self.scorer.hidden(role, frozen[role], batch) for role in roles},
-      {role: self.scorer.head(role, frozen[role]) for role in roles},
-      batch,
-    )
-    return observed
+
+    def score_part(part: ScoringBatch) -> Observed:
+      _, observed = self.scorer.fields(
+        self.objective.needs,
+        {role: self.scorer.hidden(role, frozen[role], part) for role in roles},
+        {role: self.scorer.head(role, frozen[role]) for role in roles},
+        part,
+      )
+      return observed
+
+    if self.micro_batches == 1:
+      return score_part(batch)
+    return self._join(jax.lax.map(score_part, self._cut(batch)))
 
   @jax.named_scope("gradient")
   def gradient(
@@ -153,7 +159,7 @@ class Step:
       ),
     )
     metrics = {
-      **step_metrics(evaluation, batch),
+      **step_metrics(evaluation, batch, self.sampling.is_pure),
       "optimizer/grad_norm": optax.tree.norm(evaluation.gradients),
       "optimizer/learning_rate": jnp.asarray(
         self.learning_rate(state.step), jnp.float32
@@ -327,13 +333,17 @@ def abstract_state(
   )
 
 
-def step_metrics(evaluation: Evaluation, batch: ScoringBatch) -> Metrics:
+def step_metrics(
+  evaluation: Evaluation, batch: ScoringBatch, pure_sampling: bool
+) -> Metrics:
   """What a step tells, from before its update; means run over loss tokens.
 
   `train/loss` is the sum of the terms `loss/NAME`; `teacher/kl` the mean of
   log student - log teacher over drawn tokens, the sampled estimate of
   KL(student || teacher) in nats; `mismatch` compares the log-probabilities of
-  the sampler and of the scoring forward of the same weights.
+  the sampler and of the scoring forward of the same weights. Both mean this
+  only where the tokens are drawn from the student's whole distribution
+  (`pure_sampling`), and are left out elsewhere.
   """
   mask = batch.loss_mask
   count = jnp.maximum(jnp.sum(mask, dtype=jnp.float32), 1.0)
@@ -349,7 +359,7 @@ def step_metrics(evaluation: Evaluation, batch: ScoringBatch) -> Metrics:
     if "masked_mass" in seen:
       metrics[f"{role}/masked_mass"] = mean(seen["masked_mass"])
   student = evaluation.observed.get("student")
-  if student is not None:
+  if student is not None and pure_sampling:
     valid = mask & batch.behavior_valid
     gap = jnp.abs(student["logprobs"] - batch.behavior_logprobs)
     gap = jnp.where(valid, gap, 0.0)
@@ -366,6 +376,9 @@ def rollout_metrics(rollout: Rollout) -> Metrics:
   """Lengths in tokens, and the fraction that ran into the limit."""
   lengths = jnp.sum(rollout.sampled_mask, axis=1, dtype=jnp.float32)
   return {
+    "rollout/prompt_length_mean": jnp.mean(
+      rollout.prompts.lengths, dtype=jnp.float32
+    ),
     "rollout/tokens": jnp.sum(lengths),
     "rollout/length_mean": jnp.mean(lengths),
     "rollout/length_max": jnp.max(lengths),

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import rich.console
+from jax.experimental import multihost_utils
 
 from opd_jax import evaluate
 from opd_jax import setup as setup_lib
@@ -159,23 +160,22 @@ def train(config: RunConfig, workdir: str | Path) -> Summary:
       profiler = stack.enter_context(
         _Profiler(config.log.profile_steps, workdir / "profile")
       )
-      while done < config.steps and not terminated():
-        batch = next(setup.prompts)
-        inputs = place_inputs(batch, layout)
+      while done < config.steps and not terminated(done):
+        inputs = place_inputs(next(setup.prompts), layout)
         if _due(config.log.time_split_every, done):
           with meter.paused():
             meter.split = programs.time_split(state, frozen, inputs)
         profiler.before(done)
         state, metrics, rollout = programs(state, frozen, inputs)
         done += 1
-        meter.add(metrics, inputs)
+        meter.add(metrics)
 
         last = done == config.steps
         if last or _due(config.log.every, done):
           record(meter.close(done))
         if writer is not None and (last or _due(config.log.sample_every, done)):
           with meter.paused():
-            writer.samples(done, _samples(setup, batch, rollout))
+            writer.samples(done, _samples(setup, rollout))
         saving = last or _due(config.checkpoint.every, done)
         measured = {}
         if saving or _due(config.eval.every, done):
@@ -258,11 +258,13 @@ def describe(setup: Setup, step: Step) -> Iterator[str]:
 
 
 def place_inputs(batch: Batch, layout: Layout) -> StepInputs:
-  """This host's share of the prompts as a part of the global batch."""
+  """Prompts as a global batch: each host places what its devices hold."""
 
   def place(array: np.ndarray) -> jax.Array:
     axes = ("batch",) + (None,) * (array.ndim - 1)
-    return jax.make_array_from_process_local_data(layout.sharding(axes), array)
+    return jax.make_array_from_callback(
+      array.shape, layout.sharding(axes), lambda index: array[index]
+    )
 
   return StepInputs(
     prompts=PromptBatch(
@@ -300,10 +302,7 @@ def _held_out_loss(
   if setup.held_out is None:
     return None
   model = step.scorer.student
-  texts = jax.device_put(
-    (setup.held_out.tokens, setup.held_out.lengths),
-    model.layout.replicated(),
-  )
+  texts = setup.held_out.place(model.layout)
   compiled = (
     jax.jit(
       lambda params, tokens, lengths: evaluate.loss(
@@ -317,27 +316,21 @@ def _held_out_loss(
   return lambda params: float(compiled(params, *texts))
 
 
-def _samples(
-  setup: Setup, batch: Batch, rollout: Rollout
-) -> Sequence[Mapping[str, Any]]:
+def _samples(setup: Setup, rollout: Rollout) -> Sequence[Mapping[str, Any]]:
   """The first completions of the batch as text."""
   count = setup.config.log.samples
-  rollouts = setup.config.batch.rollouts
-  tokens, mask, reason = jax.device_get(
-    (rollout.tokens, rollout.sampled_mask, rollout.stop_reason)
-  )
+  rollout = jax.device_get(rollout)
   samples = []
-  for row in range(min(count, len(batch.rows) * rollouts)):
-    prompt = batch.tokens[row // rollouts]
-    prompt = prompt[: batch.lengths[row // rollouts]].tolist()
+  for row in range(min(count, len(rollout.tokens))):
+    length = rollout.prompts.lengths[row]
+    prompt = rollout.prompts.tokens[row][:length].tolist()
+    drawn = rollout.tokens[row][rollout.sampled_mask[row]].tolist()
     samples.append(
       {
         "prompt": setup.tokenizer.decode(prompt),
-        "completion": setup.tokenizer.decode_after(
-          prompt, tokens[row][mask[row]].tolist()
-        ),
-        "length": int(mask[row].sum()),
-        "stopped": bool(reason[row] == STOP_ID),
+        "completion": setup.tokenizer.decode_after(prompt, drawn),
+        "length": len(drawn),
+        "stopped": bool(rollout.stop_reason[row] == STOP_ID),
       }
     )
   return samples
@@ -375,8 +368,15 @@ class _Profiler(contextlib.AbstractContextManager):
 
 
 @contextlib.contextmanager
-def _terminated() -> Iterator[Callable[[], bool]]:
-  """Tells whether SIGTERM came; a second one ends the process at once."""
+def _terminated() -> Iterator[Callable[[int], bool]]:
+  """Tells, by step, whether the run should stop because SIGTERM came.
+
+  With one process a second SIGTERM ends it at once. Several processes agree on
+  the step, whichever of them the signal reached.
+  """
+  if jax.process_count() > 1:
+    yield multihost_utils.reached_preemption_sync_point
+    return
   seen = []
 
   def note(signum: int, frame: Any) -> None:
@@ -385,6 +385,6 @@ def _terminated() -> Iterator[Callable[[], bool]]:
 
   before = signal.signal(signal.SIGTERM, note)
   try:
-    yield lambda: bool(seen)
+    yield lambda step: bool(seen)
   finally:
     signal.signal(signal.SIGTERM, before)

@@ -92,15 +92,15 @@ def test_values_that_are_not_finite_are_absent(tmp_path):
   writer.close()
 
 
-def test_check_finite_names_the_metric_and_the_steps():
-  metrics.check_finite({"train/loss": 1.0, "a": jnp.float32(2)}, (1, 10))
+def test_check_finite_names_the_metric_and_the_step():
+  metrics.check_finite({"train/loss": 1.0, "a": jnp.float32(2)}, 1)
   with pytest.raises(
     FloatingPointError,
-    match=r"train/loss = nan, b = -inf between steps 11 and 20;",
+    match=r"train/loss = nan, b = -inf at step 11; lower",
   ):
     metrics.check_finite(
       {"train/loss": jnp.float32(jnp.nan), "a": 1.0, "b": -float("inf")},
-      (11, 20),
+      11,
     )
 
 
