@@ -109,9 +109,8 @@ class Batch:
 class Prompts(Iterator[Batch]):
   """Endless batches of prompts; every epoch has each row once.
 
-  Batches run across the end of an epoch, so no row is left out. Process p of n
-  takes the p-th of n equal blocks of the global batch: the blocks in order are
-  the batch one process would see, and the state does not depend on n.
+  Batches run across the end of an epoch, so no row is left out. Every process
+  makes the same ones: which rows its devices need is a matter of the mesh.
 
   Attributes:
     report: what became of the rows of the file.
@@ -124,8 +123,6 @@ class Prompts(Iterator[Batch]):
     *,
     seed: int,
     batch_size: int,
-    process_index: int = 0,
-    process_count: int = 1,
   ):
     """Reads and tokenises the whole file.
 
@@ -133,19 +130,12 @@ class Prompts(Iterator[Batch]):
       config: the file, and how its rows become prompts.
       encode: text to ids.
       seed: of the order.
-      batch_size: prompts per step over all processes.
-      process_index: of this process.
-      process_count: how many share the batch.
+      batch_size: prompts per step.
 
     Raises:
-      InputError: bad file, a prompt too long where `overlong` is "error", no
-        prompt left, or a batch that the processes cannot share equally.
+      InputError: bad file, a prompt too long where `overlong` is "error", or
+        no prompt left.
     """
-    if batch_size < 1 or batch_size % process_count:
-      raise InputError(
-        f"batch.prompts must be a positive multiple of the {process_count} "
-        f"processes, got {batch_size}"
-      )
     self._texts = [
       row[config.field] for row in read_jsonl(config.path, config.field)
     ]
@@ -153,8 +143,6 @@ class Prompts(Iterator[Batch]):
     self._rows = sorted(self._ids)
     self._window = config.max_prompt_tokens
     self._digest = _digest(self._ids)
-    share = batch_size // process_count
-    self._share = slice(process_index * share, (process_index + 1) * share)
     order = grain.MapDataset.source(range(len(self._rows)))
     if config.shuffle:
       order = order.seed(seed).shuffle()
@@ -165,7 +153,7 @@ class Prompts(Iterator[Batch]):
     )
 
   def __next__(self) -> Batch:
-    picked = next(self._batches)[self._share]
+    picked = next(self._batches)
     rows = tuple(self._rows[index] for index in picked)
     tokens = np.zeros((len(rows), self._window), np.int32)
     for slot, row in enumerate(rows):

@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping
 
 import jax
 import numpy as np
+from jaxtyping import Int
 
 from opd_jax import flops
 from opd_jax.metrics import check_finite
 from opd_jax.setup import Setup
-from opd_jax.types import StepInputs
 
 
 class Meter:
@@ -23,7 +23,7 @@ class Meter:
   def __init__(self, setup: Setup):
     self._setup = setup
     self._metrics: list[Mapping[str, jax.Array]] = []
-    self._prompt_lengths: list[jax.Array] = []
+    self._prompt_lengths: list[np.ndarray] = []
     self._began = time.monotonic()
     self.split: Mapping[str, float] = {}
 
@@ -35,10 +35,19 @@ class Meter:
     yield
     self._began += time.monotonic() - start
 
-  def add(self, metrics: Mapping[str, jax.Array], inputs: StepInputs) -> None:
-    """Notes a step, without waiting for it."""
+  def add(
+    self,
+    metrics: Mapping[str, jax.Array],
+    prompt_lengths: Int[np.ndarray, " P"],
+  ) -> None:
+    """Notes a step, without waiting for it.
+
+    Args:
+      metrics: of the step, on the devices.
+      prompt_lengths: tokens of each prompt.
+    """
     self._metrics.append(metrics)
-    self._prompt_lengths.append(inputs.prompts.lengths)
+    self._prompt_lengths.append(prompt_lengths)
 
   def check(self, step: int) -> None:
     """Raises FloatingPointError if a step up to this one has diverged."""
@@ -88,7 +97,7 @@ class Meter:
       (self._setup.teacher,),
       prompts=batch.prompts,
       rows=batch.prompts * batch.rollouts,
-      prompt_length=float(np.mean(jax.device_get(self._prompt_lengths))),
+      prompt_length=float(np.mean(self._prompt_lengths)),
       completion_length=record["rollout/length_mean"],
     )
     rate = operations / seconds / jax.device_count()

@@ -6,7 +6,6 @@ mesh tried against the models' shapes. What is wrong raises `InputError` here.
 
 import dataclasses
 
-import jax
 from jax.sharding import Mesh
 
 from opd_jax import evaluate, objectives, optim, sampling, tokenizer
@@ -85,8 +84,6 @@ def prepare(config: RunConfig) -> Setup:
     student_tokenizer.encode,
     seed=config.seed,
     batch_size=config.batch.prompts,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
   )
   return Setup(
     config=config,

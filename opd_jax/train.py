@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import rich.console
+from jax.experimental import multihost_utils
 
 from opd_jax import evaluate
 from opd_jax import setup as setup_lib
@@ -159,7 +160,7 @@ def train(config: RunConfig, workdir: str | Path) -> Summary:
       profiler = stack.enter_context(
         _Profiler(config.log.profile_steps, workdir / "profile")
       )
-      while done < config.steps and not terminated():
+      while done < config.steps and not terminated(done):
         batch = next(setup.prompts)
         inputs = place_inputs(batch, layout)
         if _due(config.log.time_split_every, done):
@@ -168,7 +169,7 @@ def train(config: RunConfig, workdir: str | Path) -> Summary:
         profiler.before(done)
         state, metrics, rollout = programs(state, frozen, inputs)
         done += 1
-        meter.add(metrics, inputs)
+        meter.add(metrics, batch.lengths)
 
         last = done == config.steps
         if last or _due(config.log.every, done):
@@ -258,11 +259,13 @@ def describe(setup: Setup, step: Step) -> Iterator[str]:
 
 
 def place_inputs(batch: Batch, layout: Layout) -> StepInputs:
-  """This host's share of the prompts as a part of the global batch."""
+  """The prompts on the devices; every process has the whole batch."""
 
   def place(array: np.ndarray) -> jax.Array:
     axes = ("batch",) + (None,) * (array.ndim - 1)
-    return jax.make_array_from_process_local_data(layout.sharding(axes), array)
+    return jax.make_array_from_callback(
+      array.shape, layout.sharding(axes), lambda index: array[index]
+    )
 
   return StepInputs(
     prompts=PromptBatch(
@@ -375,8 +378,15 @@ class _Profiler(contextlib.AbstractContextManager):
 
 
 @contextlib.contextmanager
-def _terminated() -> Iterator[Callable[[], bool]]:
-  """Tells whether SIGTERM came; a second one ends the process at once."""
+def _terminated() -> Iterator[Callable[[int], bool]]:
+  """Tells whether to end before a step, because SIGTERM came.
+
+  A second one ends the process at once. Where there are several processes, one
+  SIGTERM to one of them suffices, and all end before the same step.
+  """
+  if jax.process_count() > 1:
+    yield multihost_utils.reached_preemption_sync_point
+    return
   seen = []
 
   def note(signum: int, frame: Any) -> None:
@@ -385,6 +395,6 @@ def _terminated() -> Iterator[Callable[[], bool]]:
 
   before = signal.signal(signal.SIGTERM, note)
   try:
-    yield lambda: bool(seen)
+    yield lambda step: bool(seen)
   finally:
     signal.signal(signal.SIGTERM, before)

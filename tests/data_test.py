@@ -19,14 +19,12 @@ def encode(text):
   return [ord(character) for character in text]
 
 
-def make_prompts(path, *, seed=0, batch_size=4, process=(0, 1), **options):
+def make_prompts(path, *, seed=0, batch_size=4, **options):
   return data.Prompts(
     config.DataConfig(path=path, **({"max_prompt_tokens": 8} | options)),
     encode,
     seed=seed,
     batch_size=batch_size,
-    process_index=process[0],
-    process_count=process[1],
   )
 
 
@@ -69,19 +67,6 @@ def test_state_of_other_prompts_is_refused(letters, tmp_path):
   other = make_prompts(write_rows(tmp_path / "other.jsonl", "abcdefghix"))
   with pytest.raises(InputError, match="the prompts changed"):
     other.set_state(state)
-
-
-def test_shares_of_processes_make_up_the_global_batch(letters):
-  whole = make_prompts(letters)
-  shares = [make_prompts(letters, process=(index, 2)) for index in (0, 1)]
-  for _ in range(6):
-    batch, parts = next(whole), [next(share) for share in shares]
-    assert batch.rows == parts[0].rows + parts[1].rows
-    np.testing.assert_array_equal(
-      batch.tokens, np.concatenate([part.tokens for part in parts])
-    )
-  with pytest.raises(InputError, match="multiple of the 3 processes, got 4"):
-    make_prompts(letters, process=(0, 3))
 
 
 def test_rows_become_left_aligned_ids(tmp_path):
