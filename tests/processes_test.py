@@ -8,11 +8,19 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
+from opd_jax import setup
+from opd_jax.config import RunConfig, parse
+from opd_jax.sharding import make_mesh
+from opd_jax.train import train
 from tests import pair
 
+STEPS = 24
+PORTS = range(61440, 65536)
 CONFIG = """import json
 import pathlib
 
@@ -20,18 +28,6 @@ import pathlib
 def get_config(folder):
   return json.loads((pathlib.Path(folder) / "config.json").read_text())
 """
-PORTS = range(61440, 65536)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-  return pair.write_pair(tmp_path_factory.mktemp("pair"))
-
-
-def _write_config(folder, **changes):
-  (folder / "config.py").write_text(CONFIG)
-  values = pair.config_of(folder, **changes)
-  (folder / "config.json").write_text(json.dumps(values))
 
 
 def _free_port():
@@ -45,80 +41,93 @@ def _free_port():
   raise OSError("no free port")
 
 
-def _start(folder, workdir, processes, *overrides):
-  """Starts `opd-jax train`; together the processes have eight devices."""
-  port = _free_port()
-  devices = 8 // processes
-  started = []
-  for index in range(processes):
-    environment = {
-      **os.environ,
-      "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
-      "--xla_backend_optimization_level=0",
-    }
-    command = [
-      *(sys.executable, "-m", "opd_jax.cli", "train"),
-      f"--config={folder}/config.py:{folder}",
-      f"--workdir={workdir}",
-      *(f"--config.{override}" for override in overrides),
-    ]
-    if processes > 1:
-      command.append("--distributed")
-      environment |= {
-        "SLURM_JOB_ID": str(port - PORTS.start),
+def _start(folder, workdir, *overrides):
+  """Two processes of two devices each run `opd-jax train`."""
+  # JAX makes the coordinator's port of the number of the job.
+  job = _free_port() - PORTS.start
+  flags = "--xla_force_host_platform_device_count=2"
+  return [
+    subprocess.Popen(
+      [
+        *(sys.executable, "-m", "opd_jax.cli", "train", "--distributed"),
+        f"--config={folder}/config.py:{folder}",
+        f"--workdir={workdir}",
+        *(f"--config.{override}" for override in overrides),
+      ],
+      env={
+        **os.environ,
+        "XLA_FLAGS": f"{flags} --xla_backend_optimization_level=0",
+        "SLURM_JOB_ID": str(job),
         "SLURM_STEP_NODELIST": "localhost",
         "SLURM_STEP_NUM_NODES": "1",
-        "SLURM_NTASKS": str(processes),
+        "SLURM_NTASKS": "2",
         "SLURM_PROCID": str(index),
         "SLURM_LOCALID": str(index),
-      }
-    started.append(
-      subprocess.Popen(
-        command,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-      )
+      },
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
     )
-  return started
+    for index in (0, 1)
+  ]
 
 
-def _finish(started):
+def _finish(processes):
+  """Exit status, standard output and standard error of each."""
   results = []
-  for process in started:
-    out, err = process.communicate(timeout=240)
+  for process in processes:
+    out, err = process.communicate(timeout=200)
     results.append((process.returncode, out, err))
   return results
 
 
-def _records(workdir, name):
-  """Records but for times; an array's float may depend on the order of sums."""
-  records = map(json.loads, (workdir / name).read_text().splitlines())
-  return [
-    {key: value for key, value in record.items() if "time/" not in key}
-    for record in records
-  ]
+def _wait_for_step(workdir, processes):
+  """Until the log has a record of a step."""
+  log = workdir / "metrics.jsonl"
+  while not (log.exists() and "train/loss" in log.read_text()):
+    if any(process.poll() is not None for process in processes):
+      pytest.fail(f"ended before its first step: {_finish(processes)}")
+    time.sleep(0.02)
 
 
-def _log(workdir, metric):
-  records = map(
-    json.loads, (workdir / "metrics.jsonl").read_text().splitlines()
+def test_two_processes_stop_together_resume_and_equal_one(
+  monkeypatch, tmp_path
+):
+  """On the second mesh, every process has the rows of the other."""
+  folder = pair.write_pair(tmp_path)
+  values = pair.config_of(
+    folder, steps=STEPS, eval={}, checkpoint={"every": 100}
   )
-  return [record[metric] for record in records if metric in record]
+  (folder / "config.json").write_text(json.dumps(values))
+  (folder / "config.py").write_text(CONFIG)
+  with monkeypatch.context() as patch:
+    patch.setattr(
+      setup, "make_mesh", lambda sizes: make_mesh({}, jax.devices()[:1])
+    )
+    train(parse(RunConfig, values), tmp_path / "one")
 
+  workdir = tmp_path / "two"
+  processes = _start(folder, workdir, "mesh.fsdp=2", "mesh.tensor=2")
+  _wait_for_step(workdir, processes)
+  processes[1].send_signal(signal.SIGTERM)
+  results = _finish(processes)
+  assert [result[0] for result in results] == [143, 143], results
+  assert "stopped after step" in results[0][2]
+  assert "stopped after step" not in results[1][2]
+  summary = json.loads((workdir / "summary.json").read_text())
+  assert 1 <= summary["step"] < STEPS
 
-# Whether or not a process's devices have rows of their own.
-@pytest.mark.parametrize("mesh", [{"fsdp": 4, "tensor": 2}, {"tensor": 8}])
-def test_x(folder, tmp_path, mesh):
-  if mesh.get("tensor")==8: pytest.skip()
-  _write_config(folder, mesh=mesh)
-  (alone,) = _finish(_start(folder, tmp_path / "one", 1))
-  for r in _finish(_start(folder, tmp_path/"two", 2)):
-    print(r[0]); print(r[1]); print(r[2])
-  assert (tmp_path/"one/samples.jsonl").read_text()== (tmp_path/"two/samples.jsonl").read_text()
-  print(_log(tmp_path/"one", "train/loss"), _log(tmp_path/"two", "train/loss"))
-  print(_log(tmp_path/"one", "eval/loss"), _log(tmp_path/"two", "eval/loss"))
-  import subprocess
-  print(subprocess.run(["find",str(tmp_path/"two"), "-maxdepth","2"],capture_output=True,text=True).stdout)
-  assert 0
+  results = _finish(_start(folder, workdir, "mesh.fsdp=1", "mesh.tensor=4"))
+  assert [result[0] for result in results] == [0, 0], results
+  assert f"{STEPS} steps in" in results[0][1]
+  assert "steps in" not in results[1][1]
+  assert f"resuming after step {summary['step']}" in results[0][2]
+  one, two = tmp_path / "one", workdir
+  assert (one / "samples.jsonl").read_text() == (
+    two / "samples.jsonl"
+  ).read_text()
+  weights = [
+    load_file(run / "export" / "model.safetensors") for run in (one, two)
+  ]
+  for name, expected in weights[0].items():
+    np.testing.assert_allclose(weights[1][name], expected, atol=1e-4)
