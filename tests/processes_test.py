@@ -90,6 +90,7 @@ def _wait_for_step(workdir, processes):
     time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_two_processes_stop_together_resume_and_equal_one(
   monkeypatch, tmp_path
 ):
