@@ -14,7 +14,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from opd_jax import setup
-from opd_jax.config import RunConfig, parse
+from opd_jax.config import RunConfig
+from opd_jax.parsing import parse
 from opd_jax.sharding import make_mesh
 from opd_jax.train import train
 from tests import pair
