@@ -34,6 +34,7 @@ def get_config(prompts: str = "prompts.jsonl") -> ConfigDict:
         "prompts": 64,
         "rollouts": 4,
         "micro_batches": 8,
+        "chunk_tokens": 1024,
       },
       "objective": {"name": "opd_k1"},
       "optimizer": {

@@ -86,22 +86,16 @@ def _train(arguments: Sequence[str]) -> int:
     values.config,
     [override.removeprefix("--config.") for override in overrides],
   )
-  if values.distributed:
-    import jax
+  import jax
 
+  if values.distributed:
     jax.distributed.initialize()
   from opd_jax import train
 
   summary = train.train(config, values.workdir)
-  if not summary.finished:
-    print(
-      f"stopped after step {summary.step} of {config.steps}; the same command "
-      "resumes",
-      file=sys.stderr,
-    )
-    return 128 + signal.SIGTERM
-  _report(summary)
-  return 0
+  if jax.process_index() == 0:
+    _report(summary, config.steps)
+  return 0 if summary.finished else 128 + signal.SIGTERM
 
 
 def _generate(arguments: Sequence[str]) -> int:
@@ -273,7 +267,13 @@ def _default_compilation_cache() -> None:
   )
 
 
-def _report(summary: Any) -> None:
+def _report(summary: Any, steps: int) -> None:
+  if not summary.finished:
+    print(
+      f"stopped after step {summary.step} of {steps}; the same command resumes",
+      file=sys.stderr,
+    )
+    return
   if summary.loss_before is not None:
     print(
       f"held-out loss {summary.loss_before:.4f} -> {summary.loss_after:.4f} "

@@ -78,9 +78,9 @@ def check_ids(ids: Sequence[int], vocab_size: int, where: str) -> None:
   largest = max(ids, default=0)
   if largest >= vocab_size:
     raise InputError(
-      f"{where}: the tokenizer gives id {largest}, but the models have the ids "
-      f"0 to {vocab_size - 1}; use the tokenizer that belongs to them, or texts "
-      "without its added tokens"
+      f"{where}: the tokenizer gives id {largest}, but the models have "
+      f"ids 0 to {vocab_size - 1}; use the tokenizer that belongs to them, or "
+      "texts without its added tokens"
     )
 
 
@@ -218,7 +218,7 @@ def _prepare(
     if config.replace_newlines is not None:
       text = text.replace("\n", config.replace_newlines)
     ids = np.asarray(encode(text)[: config.prompt_tokens], np.int32)
-    check_ids(ids, vocab_size, f"{config.path}, line {row + 1}")
+    check_ids(ids.tolist(), vocab_size, f"{config.path}, line {row + 1}")
     longest = max(longest, len(ids))
     if len(ids) > window:
       if config.overlong == "error":

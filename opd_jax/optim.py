@@ -15,7 +15,7 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
   The first of n warm-up steps has rate peak / n, the last the peak itself.
   """
   peak = config.learning_rate
-  after = max(steps - config.warmup_steps, 1)
+  after = max(steps - config.warmup_steps - 1, 1)
   final = peak * config.final_fraction
   body = {
     "constant": optax.constant_schedule(peak),

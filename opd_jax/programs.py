@@ -1,4 +1,4 @@
-"""The compiled programs of a step: made before the first step, and only then.
+"""The compiled programs of a step, made before the first of them runs.
 
 A program compiled ahead of time cannot recompile: arguments of another shape
 or place raise instead.

@@ -176,8 +176,9 @@ def _check_window(role: str, model: ModelConfig, config: RunConfig) -> None:
   evaluated = role == "student" and config.eval.path is not None
   if evaluated and config.eval.max_tokens > model.max_positions:
     raise InputError(
-      f"eval.max_tokens = {config.eval.max_tokens} exceeds the student's window "
-      f"of {model.max_positions} positions ({config.student.path}); lower it"
+      f"eval.max_tokens = {config.eval.max_tokens} exceeds the student's "
+      f"window of {model.max_positions} positions ({config.student.path}); "
+      "lower it"
     )
 
 

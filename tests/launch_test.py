@@ -11,7 +11,7 @@ LAUNCH = pathlib.Path(__file__).resolve().parent.parent / "launch"
 SCRIPTS = sorted(path.name for path in LAUNCH.glob("*.sh"))
 
 # A value with a space and a quote must arrive as one argument, unchanged.
-TRAIN = ["--config=configs/quickstart.py", "--workdir=gs://b/it's a run"]
+TRAIN = ["--config=configs/quickstart.py", "--workdir=/shared/it's a run"]
 
 
 def _run(script, *arguments, **environment):
