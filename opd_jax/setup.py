@@ -86,6 +86,19 @@ def prepare(config: RunConfig) -> Setup:
     batch_size=config.batch.prompts,
     vocab_size=vocab_size,
   )
+  held_out = None
+  if config.eval.path is not None:
+    student = models["student"]
+    held_out = evaluate.read(
+      config.eval, student_tokenizer.encode, student.vocab_size
+    )
+    longest = held_out.tokens.shape[-1]
+    if longest > student.max_positions:
+      raise InputError(
+        f"a text of {config.eval.path} has {longest} tokens, more than the "
+        f"student's window of {student.max_positions} positions "
+        f"({config.student.path}); set eval.max_tokens to at most that"
+      )
   return Setup(
     config=config,
     student=models["student"],
@@ -95,11 +108,7 @@ def prepare(config: RunConfig) -> Setup:
     vocab_size=vocab_size,
     stop_ids=stop_ids,
     prompts=prompts,
-    held_out=None
-    if config.eval.path is None
-    else evaluate.read(
-      config.eval, student_tokenizer.encode, models["student"].vocab_size
-    ),
+    held_out=held_out,
     objective=objective,
   )
 
@@ -172,13 +181,6 @@ def _check_window(role: str, model: ModelConfig, config: RunConfig) -> None:
       f"{completion} = {prompt + completion} exceeds the {role}'s window of "
       f"{model.max_positions} positions ({getattr(config, role).path}); "
       "lower one of them"
-    )
-  evaluated = role == "student" and config.eval.path is not None
-  if evaluated and config.eval.max_tokens > model.max_positions:
-    raise InputError(
-      f"eval.max_tokens = {config.eval.max_tokens} exceeds the student's "
-      f"window of {model.max_positions} positions ({config.student.path}); "
-      "lower it"
     )
 
 

@@ -150,6 +150,7 @@ def test_real_stories(shared_data):
     words.encode,
     seed=0,
     batch_size=20,
+    vocab_size=words.id_count,
   )
   assert (prompts.report.rows, prompts.report.kept) == (300, 300)
   seen = collections.Counter()
@@ -161,3 +162,13 @@ def test_real_stories(shared_data):
       assert text.replace("\n", " ").startswith(words.decode(ids.tolist()))
   assert len(seen) == 300
   assert set(seen.values()) == {1}
+
+
+def test_ids_and_texts_that_no_model_can_read(tmp_path):
+  path = write_rows(tmp_path / "rows.jsonl", ["abc", "aé"])
+  with pytest.raises(InputError, match=r"line 2: the tokenizer gives id 233"):
+    make_prompts(path)
+  bad = tmp_path / "bad.jsonl"
+  bad.write_text('{"text": "a"}\n{"text": "a \\ud800"}\n')
+  with pytest.raises(InputError, match=r"line 2: field 'text' is not valid"):
+    make_prompts(str(bad))
