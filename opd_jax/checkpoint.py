@@ -29,8 +29,8 @@ BEST_METRIC = "eval/loss"
 
 _SIZES = "sizes.json"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-# Config keys, dotted, that a resumed run may change: what is known by then stays
-# as it is. (With more steps a schedule stretches from there on; with other
+# Config keys, dotted, that a resumed run may change: the steps done stay what
+# they are. (With more steps a schedule stretches from there on; with other
 # texts the held-out losses before and after are not of the same.)
 _FREE_KEYS = (
   "steps",
