@@ -7,7 +7,8 @@ utilisation (MFU) is about useful work.
 
 from opd_jax.models import ModelConfig
 
-# Dense bfloat16 operations per second and device, from the makers' data sheets.
+# Dense bfloat16 operations per second and device, from the makers' data sheets;
+# a run that computes in float32 is measured against them too.
 _PEAK = {
   "TPU v4": 275e12,
   "TPU v5 lite": 197e12,

@@ -165,7 +165,7 @@ def train(config: RunConfig, workdir: str | Path) -> Summary:
         if _due(config.log.time_split_every, done):
           with meter.paused():
             meter.split = programs.time_split(state, frozen, inputs)
-        profiler.before(done)
+        profiler.before(done, state)
         state, metrics, rollout = programs(state, frozen, inputs)
         done += 1
         meter.add(metrics)
@@ -348,14 +348,15 @@ class _Profiler(contextlib.AbstractContextManager):
     self._folder = folder
     self._running = False
 
-  def before(self, step: int) -> None:
-    """Starts or ends the trace in front of a step."""
-    if self._steps is None:
+  def before(self, step: int, state: TrainState) -> None:
+    """Starts or ends the trace between the step before and this one."""
+    if self._steps is None or step not in (self._steps[0], self._steps[1] + 1):
       return
+    jax.block_until_ready(state)
     if step == self._steps[0]:
       jax.profiler.start_trace(str(self._folder))
       self._running = True
-    elif step == self._steps[1] + 1:
+    else:
       self._stop()
 
   def _stop(self) -> None:

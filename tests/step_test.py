@@ -243,3 +243,32 @@ def test_bfloat16_compute_keeps_float32_weights():
   for name in ("train/loss", "student/entropy", "optimizer/grad_norm"):
     np.testing.assert_allclose(metrics[name], exact[name], rtol=0.05)
   assert float(metrics["mismatch/max"]) > 1e-5
+
+
+def test_scores_by_themselves_are_those_of_the_step():
+  """The measurement of the teacher's time computes what the step computes."""
+  evaluation, batch = _evaluation("gkd")
+  _, frozen, *_ = _case()
+  for micro_batches in (1, 4):
+    step = engine.make_step("gkd", micro_batches=micro_batches)
+    observed = jax.jit(step.score)(frozen, batch)
+    assert observed.keys() == {"teacher"}
+    _assert_close(observed["teacher"], evaluation.observed["teacher"])
+
+
+def test_metrics_that_need_the_whole_distribution():
+  """A filter makes the behavior another distribution than the scored one."""
+  _, frozen, inputs, rollout = _case()
+  step = engine.make_step("gkd")
+  filtered = dataclasses.replace(
+    step, sampling=dataclasses.replace(step.sampling, top_k=5)
+  )
+  _, pure = jax.jit(step.update_from)(_state_of(step), frozen, inputs, rollout)
+  _, other = jax.jit(filtered.update_from)(
+    _state_of(step), frozen, inputs, rollout
+  )
+  assert pure.keys() - other.keys() == {
+    "mismatch/mean",
+    "mismatch/max",
+    "teacher/kl",
+  }
