@@ -94,20 +94,30 @@ def evaluate(
     for role in later
     if role not in known
   }
-  loop = _GradientLoop(
-    scorer=scorer,
-    objective=objective,
-    batch=batch,
-    counts=counts,
-    signals=prepare(fields),
-    known=known,
-    fixed=fixed,
-    fixed_heads={
-      role: scorer.head(role, parameters.of(role)) for role in fixed
-    },
+  signals = prepare(fields)
+  fixed_heads = {role: scorer.head(role, parameters.of(role)) for role in fixed}
+  shards = RowShards.of(scorer, batch)
+
+  def run_shard(rows: Any) -> Any:
+    batch, tokens_in_row, (token, row), known, fixed, trained = rows
+    loop = _GradientLoop(
+      scorer=shards.scorer,
+      objective=objective,
+      batch=batch,
+      counts=dataclasses.replace(counts, tokens_in_row=tokens_in_row),
+      signals=dataclasses.replace(signals, token=token, row=row),
+      known=known,
+      fixed=fixed,
+      fixed_heads=fixed_heads,
+    )
+    run = loop.whole_rows if objective.needs.whole_rows else loop.pointwise
+    return run(trained, head)
+
+  by_row = (dict(signals.token), dict(signals.row))
+  summed, seen, in_states = shards.map(
+    run_shard, (batch, counts.tokens_in_row, by_row, known, fixed, trained)
   )
-  run_loop = loop.whole_rows if objective.needs.whole_rows else loop.pointwise
-  (losses, statistics, seen), (in_states, in_head) = run_loop(trained, head)
+  losses, statistics, in_head = summed
   (in_trunk,) = backward(in_states)
   return Evaluation(
     losses=losses,
@@ -115,6 +125,61 @@ def evaluate(
     gradients=add_trees(in_trunk, in_head),
     observed={**observed, **seen},
   )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RowShards:
+  """Rows as the shards of the batch, each of which runs a loop of its own.
+
+  The gradients that shards give a weight they share are then summed once,
+  behind the loops. In one loop over the rows of all shards every turn would
+  reduce its part of the gradient over the devices.
+
+  Attributes:
+    scorer: of the rows of one shard.
+    count: shards.
+    axes: of the mesh, that the shards lie on.
+  """
+
+  scorer: Scorer
+  count: int
+  axes: tuple[str, ...]
+
+  @classmethod
+  def of(cls, scorer: Scorer, batch: ScoringBatch) -> "RowShards":
+    """The shards of a batch; one, if the mesh does not divide its rows."""
+    layout = scorer.student.layout
+    count = layout.shards("batch")
+    if count == 1 or batch.tokens.shape[0] % count:
+      return cls(scorer=scorer, count=1, axes=())
+    return cls(
+      scorer=scorer.in_shard(), count=count, axes=layout.mesh_axes("batch")
+    )
+
+  def map(self, function: Callable[[Any], Any], rows: Any) -> Any:
+    """Applies a function to each shard's rows.
+
+    Args:
+      function: of a tree of [B / shards, ...] arrays; returns what is to be
+        summed over the shards, and two trees of arrays by row.
+      rows: a tree of [B, ...] arrays.
+
+    Returns:
+      The sum, and the two trees by row.
+    """
+    if self.count == 1:
+      return function(rows)
+
+    def cut(leaf: Array) -> Array:
+      return leaf.reshape(self.count, -1, *leaf.shape[1:])
+
+    def join(leaf: Array) -> Array:
+      return leaf.reshape(-1, *leaf.shape[2:])
+
+    mapped = jax.vmap(function, spmd_axis_name=self.axes)
+    summed, *by_row = mapped(jax.tree.map(cut, rows))
+    summed = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), summed)
+    return (summed, *jax.tree.map(join, by_row))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,9 +207,11 @@ class _GradientLoop:
       )
       return loss, ((losses, statistics), observed)
 
-    (sums, observed), gradients = self._differentiate(chunk_loss, trained, head)
+    (sums, observed), (in_states, in_head) = self._differentiate(
+      chunk_loss, trained, head
+    )
     losses, statistics = jax.tree.map(jnp.sum, sums)
-    return (losses, statistics, observed), gradients
+    return (losses, statistics, in_head), observed, in_states
 
   def whole_rows(self, trained: Any, head: Params) -> Any:
     """Terms of whole rows: their gradient in the fields comes first."""
@@ -177,10 +244,10 @@ class _GradientLoop:
       )
       return sum(jax.tree.leaves(products)), ((), observed)
 
-    (_, observed), gradients = self._differentiate(
+    (_, observed), (in_states, in_head) = self._differentiate(
       chunk_loss, trained, head, slopes=slopes
     )
-    return (losses, statistics, observed), gradients
+    return (losses, statistics, in_head), observed, in_states
 
   def _chunk_scores(self, states: Any, head: Params, part: Any) -> Any:
     """Scores of all roles that are run on a chunk, and what the log sees."""

@@ -94,6 +94,20 @@ class Scorer:
       raise ValueError(f"this run has no {role}")
     return model
 
+  def in_shard(self) -> "Scorer":
+    """The scorer of one shard's rows, under a map over the shards."""
+
+    def inside(model: Model) -> Model:
+      layout = model.layout.replace("batch", None)
+      return dataclasses.replace(model, layout=layout)
+
+    return dataclasses.replace(
+      self,
+      student=inside(self.student),
+      teacher=self.teacher and inside(self.teacher),
+      reference=self.reference and inside(self.reference),
+    )
+
   def hidden(
     self, role: str, params: Params, batch: ScoringBatch
   ) -> Float[Array, "B T D"]:

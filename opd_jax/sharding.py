@@ -119,11 +119,18 @@ class Layout:
     """`spec` on this mesh."""
     return NamedSharding(self.mesh, self.spec(axes, shape))
 
+  def replace(self, name: str, entry: str | tuple[str, ...] | None) -> "Layout":
+    """This layout with another rule for one logical name."""
+    return Layout.create(self.mesh, {**dict(self.rules), name: entry})
+
+  def mesh_axes(self, name: str) -> tuple[str, ...]:
+    """The mesh axes that a logical name is spread over."""
+    entry = dict(self.rules)[name]
+    return (entry,) if isinstance(entry, str) else entry or ()
+
   def shards(self, name: str) -> int:
     """How many pieces a dimension with this logical name is cut into."""
-    entry = dict(self.rules)[name]
-    names = (entry,) if isinstance(entry, str) else entry or ()
-    return math.prod(self.mesh.shape[axis] for axis in names)
+    return math.prod(self.mesh.shape[axis] for axis in self.mesh_axes(name))
 
   def replicated(self) -> NamedSharding:
     """Every device holds the whole array."""

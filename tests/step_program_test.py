@@ -104,6 +104,27 @@ def test_no_weight_is_gathered_inside_the_decode_loop(compiled):
   assert re.search(r" = f32\[2,32,2,8\]\S* all-gather", text)
 
 
+def test_no_weight_gradient_is_reduced_inside_a_loop(compiled):
+  """The head's, [V / 2, D] on a tensor shard, is summed behind its loop."""
+  programs, *_ = compiled
+  text = programs.compiled["train"].as_text()
+  computations = _computations(text)
+  inside = [
+    line
+    for lines in computations.values()
+    for header in lines
+    if " while(" in header
+    for line in _reachable(
+      computations, re.search(r"body=%([\w.\-]+)", header).group(1)
+    )
+  ]
+  reduces = [
+    line for line in inside if re.search(r" all-reduce(-start)?\(", line)
+  ]
+  assert reduces
+  assert not [line for line in reduces if "[64,32]" in line.split("(%")[0]]
+
+
 def test_it_updates_the_donated_state_and_keeps_the_teacher(compiled):
   programs, state, frozen, inputs = compiled
   before = jax.device_get(state.params["embed"]["embedding"])

@@ -176,7 +176,14 @@ def test_fused_is_split():
 
 @pytest.mark.parametrize(
   ("name", "micro_batches"),
-  [("gkd", 1), ("opd_k1", 2), ("quantile", 1), ("two_prompts", 2)],
+  [
+    ("gkd", 1),
+    ("opd_k1", 2),
+    ("quantile", 1),
+    ("three_terms", 1),
+    ("two_prompts", 2),
+    ("whole_rows", 1),
+  ],
 )
 def test_eight_devices_are_one(name, micro_batches):
   changes = {
