@@ -279,3 +279,31 @@ def test_metrics_that_need_the_whole_distribution():
     "mismatch/max",
     "teacher/kl",
   }
+
+
+def test_the_end_may_be_the_id_that_fills_slots():
+  """Completions are filled with 0 behind their end; 0 ends them here too."""
+  step = engine.make_step("opd_k1", stop_ids=(0,))
+  state, frozen, inputs, _ = _case()
+  state = dataclasses.replace(state, objective={})
+  rollout_program = jax.jit(step.rollout)
+  update = jax.jit(step.update_from)
+  ended = 0
+  for number in range(4):
+    rollout = rollout_program(state.params, jnp.int32(number), inputs.prompts)
+    tokens = np.asarray(rollout.tokens)
+    zeros = tokens == 0
+    lengths = np.where(zeros.any(1), zeros.argmax(1) + 1, engine.LENGTH)
+    stopped = np.asarray(rollout.stop_reason) == STOP_ID
+    np.testing.assert_array_equal(
+      rollout.sampled_mask, np.arange(engine.LENGTH) < lengths[:, None]
+    )
+    last = tokens[np.arange(len(tokens)), lengths - 1]
+    np.testing.assert_array_equal(stopped, last == 0)
+    ended += stopped.sum()
+    _, metrics = update(state, frozen, inputs, rollout)
+    assert float(metrics["rollout/tokens"]) == lengths.sum()
+    # The end itself is scored: the sampler and the scorer agree on it too.
+    assert float(metrics["mismatch/max"]) <= 1e-5
+    assert np.all(np.asarray(rollout.behavior_logprobs)[stopped] <= 0)
+  assert ended >= 2
