@@ -54,11 +54,6 @@ class Tokenizer:
     """One more than the largest id."""
     return max(self.vocabulary) + 1
 
-  @property
-  def bos_id(self) -> int | None:
-    """The id that opens a text."""
-    return dict(self.special_ids)["bos"]
-
   def encode(self, text: str) -> list[int]:
     """Ids of a text, with the special tokens this tokenizer adds by itself."""
     return list(self._backend(text, verbose=False)["input_ids"])

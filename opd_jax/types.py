@@ -84,11 +84,11 @@ class ScoringBatch:
     privileged: the second prompt, with what only a teacher should know.
     tokens: completion ids, the same after either prompt.
     lengths: completion tokens per row; models see no more than these.
-    sampled_mask: as in `Scores`.
-    loss_mask: a part of the first `lengths` tokens.
-    behavior_valid: likewise.
-    behavior_logprobs: likewise.
-    group: likewise.
+    sampled_mask: drawn by the student, stop id included.
+    loss_mask: carries loss; true within the first `lengths` tokens only.
+    behavior_valid: `behavior_logprobs` exists for this token.
+    behavior_logprobs: nats, under the distribution that drew the token.
+    group: the prompt's index in the global batch.
   """
 
   prompts: PromptBatch

@@ -157,7 +157,7 @@ def test_real_stories(shared_data):
   for _ in range(15):
     batch = next(prompts)
     seen.update(batch.rows)
-    assert (batch.tokens[:, 0] == words.bos_id).all()
+    assert (batch.tokens[:, 0] == dict(words.special_ids)["bos"]).all()
     for ids, text in zip(batch.tokens, batch.texts, strict=True):
       assert text.replace("\n", " ").startswith(words.decode(ids.tolist()))
   assert len(seen) == 300

@@ -47,7 +47,7 @@ def test_made_tokenizer_encodes_decodes_and_stops(tmp_path):
   assert words.encode("red blue two") == [0, 3, 5, 7]
   assert words.decode(np.array([0, 3, 5])) == "red blue"
   assert words.decode([0, 3], skip_special_tokens=False) == "<s> red"
-  assert (words.id_count, words.bos_id) == (8, 0)
+  assert (words.id_count, dict(words.special_ids)["bos"]) == (8, 0)
   assert words.stop_ids == (6, 1)  # generation_config first, eos once.
   assert save_words(tmp_path / "plain", WORDS).stop_ids == (1,)
   one = save_words(tmp_path / "one", WORDS, generation_eos=6)
