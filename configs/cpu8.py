@@ -25,9 +25,12 @@ def get_config(data_dir: str = "../shared/data") -> ConfigDict:
       "student": {"path": f"{data_dir}/models/babyllama-student"},
       "teacher": {"path": f"{data_dir}/models/babyllama-teacher"},
       "data": {
-        "path": f"{data_dir}/tinystories/train.jsonl",
-        "replace_newlines": " ",
-        "prompt_tokens": 32,
+        "sources": {
+          "stories": {
+            "path": f"{data_dir}/tinystories/train.jsonl",
+            "prompt": {"replace_newlines": " ", "first_tokens": 32},
+          }
+        },
         "max_prompt_tokens": 32,
       },
       "sampling": {"max_new_tokens": 48},
@@ -35,7 +38,7 @@ def get_config(data_dir: str = "../shared/data") -> ConfigDict:
       "objective": {"name": "gkd", "beta": 1.0},
       "optimizer": {"learning_rate": 5e-4, "warmup_steps": 5},
       "mesh": {"fsdp": 4, "tensor": 2},
-      "eval": {
+      "held_out": {
         "path": f"{data_dir}/tinystories/valid.jsonl",
         "rows": 40,
         "max_characters": 240,

@@ -22,9 +22,12 @@ def get_config(data_dir: str = "../shared/data") -> ConfigDict:
       "student": {"path": f"{data_dir}/models/babyllama-student"},
       "teacher": {"path": f"{data_dir}/models/babyllama-teacher"},
       "data": {
-        "path": f"{data_dir}/tinystories/train.jsonl",
-        "replace_newlines": " ",
-        "prompt_tokens": 32,
+        "sources": {
+          "stories": {
+            "path": f"{data_dir}/tinystories/train.jsonl",
+            "prompt": {"replace_newlines": " ", "first_tokens": 32},
+          }
+        },
         "max_prompt_tokens": 32,
       },
       "sampling": {"max_new_tokens": 96},
@@ -36,7 +39,7 @@ def get_config(data_dir: str = "../shared/data") -> ConfigDict:
         "schedule": "cosine",
         "final_fraction": 0.1,
       },
-      "eval": {
+      "held_out": {
         "path": f"{data_dir}/tinystories/valid.jsonl",
         "rows": 100,
         "max_characters": 240,

@@ -26,7 +26,7 @@ def get_config(prompts: str = "prompts.jsonl") -> ConfigDict:
       },
       "teacher": {"path": "Qwen/Qwen3-8B", "compute_dtype": "bfloat16"},
       "data": {
-        "path": prompts,
+        "sources": {"prompts": {"path": prompts}},
         "max_prompt_tokens": 512,
         "overlong": "drop",
       },

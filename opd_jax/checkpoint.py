@@ -25,7 +25,7 @@ from opd_jax.config import CheckpointConfig
 from opd_jax.errors import InputError
 from opd_jax.types import TrainState
 
-BEST_METRIC = "eval/loss"
+BEST_METRIC = "held_out/loss"
 
 _SIZES = "sizes.json"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -36,6 +36,7 @@ _FREE_KEYS = (
   "steps",
   "mode",
   "mesh",
+  "held_out",
   "eval",
   "checkpoint",
   "log",
@@ -134,7 +135,8 @@ class Checkpoints:
       step: updates done.
       state: as it is after that step.
       data_state: of the prompts' iterator, JSON.
-      metrics: those of this step; "eval/loss" makes it a candidate for best.
+      metrics: those of this step; "held_out/loss" makes it a candidate for
+        best.
     """
     if step in self._manager.all_steps():
       return

@@ -45,37 +45,116 @@ class TrainedModelSource(ModelSource):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
-  """Prompts from a JSONL file.
+class TemplateConfig:
+  """How a row of data becomes the text a model continues.
 
   Attributes:
-    path: JSONL file, one object a line.
-    field: the field that holds the prompt's text.
+    text: with `{field}` for fields of the row, `{{` and `}}` for braces.
+    chat: make `text` the user's message in the chat template of the model's
+      own tokenizer, up to where the assistant's turn begins.
+    system: a system message before it, with fields as in `text`.
+    messages: the field that holds a list of {"role", "content"} messages, in
+      place of `text` and `system`.
+    thinking: the template's `enable_thinking`; None leaves it at its default.
     replace_newlines: what a newline in the text becomes; None keeps it.
-    prompt_tokens: use the first so many ids of the text as the prompt (a
-      continuation task); None uses the whole text.
+    first_tokens: use the first so many ids only (a continuation task); None
+      uses all.
+  """
+
+  text: str = "{text}"
+  chat: bool = False
+  system: str | None = None
+  messages: str | None = None
+  thinking: bool | None = None
+  replace_newlines: str | None = None
+  first_tokens: int | None = None
+
+  def __post_init__(self):
+    for name in ("system", "messages", "thinking"):
+      value = getattr(self, name)
+      require(
+        self.chat or value is None,
+        f"prompt.{name} = {value!r} is for chat templates; set prompt.chat to "
+        f"True, or prompt.{name} to None",
+      )
+    require(
+      self.messages is None or self.system is None,
+      f"prompt.messages = {self.messages!r} holds the system message too; "
+      f"prompt.system must be None, got {self.system!r}",
+    )
+    require(
+      self.first_tokens is None or self.first_tokens >= 1,
+      f"prompt.first_tokens must be >= 1 or None, got {self.first_tokens}",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+  """Rows of one kind, and what their fields are for.
+
+  Attributes:
+    path: FILE.jsonl or FILE.parquet; "tfds:NAME" for a TensorFlow Dataset; or
+      the name of a built-in task, "arith".
+    split: of a TensorFlow Dataset or a task.
+    options: of a task (see its module), or `data_dir` of a TensorFlow Dataset.
+    rows: use the first so many; None for all.
+    weight: share of this source in the mixture, relative to the others'.
+    prompt: what the student continues.
+    teacher_prompt: what the teacher reads in front of the same completion;
+      None gives it the very ids of the student.
+    completion: for `sft`, the text to learn, with fields as in `prompt.text`;
+      an end-of-sequence id is put behind it.
+    answer: for evaluation, the text handed to the verifier, likewise.
+  """
+
+  path: str
+  split: str = "train"
+  options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  rows: int | None = None
+  weight: float = 1.0
+  prompt: TemplateConfig = TemplateConfig()
+  teacher_prompt: TemplateConfig | None = None
+  completion: str = "{completion}"
+  answer: str = "{answer}"
+
+  def __post_init__(self):
+    require(
+      self.rows is None or self.rows >= 1,
+      f"rows of {self.path} must be >= 1, got {self.rows}; use None for all",
+    )
+    require(
+      self.weight > 0 and math.isfinite(self.weight),
+      f"weight of {self.path} must be > 0, got {self.weight}; leave the source "
+      "out to switch it off",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+  """What is trained on.
+
+  Attributes:
+    sources: by a name of your own; several are mixed by their weights.
     max_prompt_tokens: P, the prompt window of the compiled step.
     overlong: what happens to a prompt longer than the window: keep its last
       ids ("truncate_left"), skip it ("drop"), or stop the run ("error").
     shuffle: a new order each epoch, from the run's seed.
   """
 
-  path: str
-  field: str = "text"
-  replace_newlines: str | None = None
-  prompt_tokens: int | None = None
+  sources: Mapping[str, SourceConfig]
   max_prompt_tokens: int = 512
   overlong: Literal["truncate_left", "drop", "error"] = "truncate_left"
   shuffle: bool = True
 
   def __post_init__(self):
     require(
-      self.max_prompt_tokens >= 1,
-      f"data.max_prompt_tokens must be >= 1, got {self.max_prompt_tokens}",
+      len(self.sources) >= 1,
+      "data.sources must name at least one source, such as "
+      '{"mine": {"path": "prompts.jsonl"}}',
     )
     require(
-      self.prompt_tokens is None or self.prompt_tokens >= 1,
-      f"data.prompt_tokens must be >= 1 or None, got {self.prompt_tokens}",
+      self.max_prompt_tokens >= 1,
+      f"data.max_prompt_tokens must be >= 1, got {self.max_prompt_tokens}",
     )
 
 
@@ -252,22 +331,22 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvalConfig:
+class HeldOutConfig:
   """Held-out loss: mean nats per token of the student on texts.
 
   Attributes:
-    path: JSONL file; None switches the evaluation off.
-    field: the field that holds the text.
+    path: JSONL file; None switches it off.
+    text: the text of a row, with `{field}` for its fields.
     rows: use the first so many rows.
     max_characters: use the first so many characters of each; None for all.
-    max_tokens: length of the compiled evaluation; longer texts are cut.
+    max_tokens: length of the compiled forward pass; longer texts are cut.
     replace_newlines: what a newline becomes; None keeps it.
-    every: steps between evaluations; the start and the end always have one.
+    every: steps between measurements; the start and the end always have one.
     batch: texts per forward pass.
   """
 
   path: str | None = None
-  field: str = "text"
+  text: str = "{text}"
   rows: int = 100
   max_characters: int | None = None
   max_tokens: int = 256
@@ -278,15 +357,49 @@ class EvalConfig:
   def __post_init__(self):
     for name in ("rows", "every", "batch"):
       value = getattr(self, name)
-      require(value >= 1, f"eval.{name} must be >= 1, got {value}")
+      require(value >= 1, f"held_out.{name} must be >= 1, got {value}")
     require(
       self.max_characters is None or self.max_characters >= 1,
-      f"eval.max_characters must be >= 1, got {self.max_characters}; use None "
-      "for all",
+      f"held_out.max_characters must be >= 1, got {self.max_characters}; "
+      "use None for all",
     )
     require(
       self.max_tokens >= 2,
-      f"eval.max_tokens must be >= 2, got {self.max_tokens}",
+      f"held_out.max_tokens must be >= 2, got {self.max_tokens}",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+  """Evaluation of sampled answers: is the completion right?
+
+  Attributes:
+    source: the problems; None switches the evaluation off.
+    samples: k, completions per problem.
+    verifier: "exact", "number", or "module:function" of your own.
+    sampling: how completions are drawn; None takes the run's.
+    seed: of the draws: the same seed gives the same completions.
+    batch: problems per call of the compiled sampler.
+    every: steps between evaluations; the start and the end always have one.
+    teacher: evaluate the teacher too, once, before the first step.
+  """
+
+  source: SourceConfig | None = None
+  samples: int = 4
+  verifier: str = "number"
+  sampling: SamplingConfig | None = None
+  seed: int = 0
+  batch: int = 64
+  every: int = 50
+  teacher: bool = False
+
+  def __post_init__(self):
+    for name in ("samples", "batch", "every"):
+      value = getattr(self, name)
+      require(value >= 1, f"eval.{name} must be >= 1, got {value}")
+    require(
+      0 <= self.seed < 2**31,
+      f"eval.seed must be in [0, 2**31), got {self.seed}",
     )
 
 
@@ -297,7 +410,8 @@ class CheckpointConfig:
   Attributes:
     every: steps between checkpoints; the end and SIGTERM always save one.
     keep_latest: the newest n stay.
-    keep_best: also the best by held-out loss, if there is an evaluation.
+    keep_best: also the best by accuracy of the evaluation, or by held-out loss
+      where there is no evaluation.
   """
 
   every: int = 100
@@ -357,7 +471,8 @@ class RunConfig:
     objective: `name` of an objective, and its own options.
     optimizer: how the gradient is applied.
     mesh: how many devices each parallel axis has.
-    eval: the held-out loss.
+    held_out: the loss on held-out texts.
+    eval: the accuracy of sampled answers.
     checkpoint: what is saved.
     log: what is told.
     steps: updates to make.
@@ -374,6 +489,7 @@ class RunConfig:
   objective: Mapping[str, Any]
   optimizer: OptimizerConfig = OptimizerConfig()
   mesh: MeshConfig = MeshConfig()
+  held_out: HeldOutConfig = HeldOutConfig()
   eval: EvalConfig = EvalConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
   log: LogConfig = LogConfig()
@@ -390,4 +506,86 @@ class RunConfig:
       isinstance(self.objective.get("name"), str),
       "objective.name must name an objective, got "
       f"{self.objective.get('name')!r}",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PackedBatchConfig:
+  """How many packed rows a supervised step holds.
+
+  Attributes:
+    rows: per step, over all devices and hosts.
+    row_tokens: S, slots of a row; examples are packed into it whole and do not
+      see each other.
+    micro_batches: the gradient is accumulated over so many parts of the batch.
+    chunk_tokens: next-token distributions that exist at the same time, per
+      shard of the batch.
+  """
+
+  rows: int = 16
+  row_tokens: int = 512
+  micro_batches: int = 1
+  chunk_tokens: int = 256
+
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      require(value >= 1, f"batch.{field.name} must be >= 1, got {value}")
+    require(
+      self.row_tokens >= 2,
+      f"batch.row_tokens must be >= 2, got {self.row_tokens}",
+    )
+    require(
+      self.rows % self.micro_batches == 0,
+      f"batch.micro_batches={self.micro_batches} does not divide "
+      f"batch.rows={self.rows}; choose a divisor",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SftStudentSource(TrainedModelSource):
+  """What supervised fine-tuning starts from.
+
+  Attributes:
+    init: "checkpoint" starts from its weights; "random" draws new ones from
+      the seed and takes config.json and the tokenizer only.
+  """
+
+  init: Literal["checkpoint", "random"] = "checkpoint"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SftConfig:
+  """One supervised fine-tuning.
+
+  Attributes:
+    student: is trained; float32 master weights, exported at the end.
+    data: the examples: `completion` after `prompt`.
+    batch: packed rows per step.
+    optimizer: how the gradient is applied.
+    mesh: how many devices each parallel axis has.
+    held_out: the loss on held-out texts.
+    eval: the accuracy of sampled answers.
+    checkpoint: what is saved.
+    log: what is told.
+    steps: updates to make.
+    seed: of the data order, of random weights and of every draw.
+  """
+
+  student: SftStudentSource
+  data: DataConfig
+  batch: PackedBatchConfig = PackedBatchConfig()
+  optimizer: OptimizerConfig = OptimizerConfig()
+  mesh: MeshConfig = MeshConfig()
+  held_out: HeldOutConfig = HeldOutConfig()
+  eval: EvalConfig = EvalConfig()
+  checkpoint: CheckpointConfig = CheckpointConfig()
+  log: LogConfig = LogConfig()
+  steps: int
+  seed: int = 0
+
+  def __post_init__(self):
+    require(self.steps >= 1, f"steps must be >= 1, got {self.steps}")
+    require(
+      0 <= self.seed < 2**31, f"seed must be in [0, 2**31), got {self.seed}"
     )

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opd_jax import data, sampling, tokenizer
+from opd_jax import sampling, tokenizer
 from opd_jax.config import SamplingConfig
+from opd_jax.data import sources
 from opd_jax.errors import InputError
 from opd_jax.models import Model, ModelConfig, hf
 from opd_jax.sharding import DECODE_RULES, Layout, make_mesh
@@ -116,7 +117,7 @@ def _encode(
   for prompt, found in zip(prompts, ids, strict=True):
     if not found:
       raise InputError(f"prompt {prompt!r} has no token; write some text")
-    data.check_ids(found, architecture.vocab_size, f"prompt {prompt[:40]!r}")
+    sources.check_ids(found, architecture.vocab_size, f"prompt {prompt[:40]!r}")
     if len(found) + config.max_new_tokens > window:
       raise InputError(
         f"a prompt of {len(found)} tokens and max_new_tokens = "

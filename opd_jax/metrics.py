@@ -19,7 +19,7 @@ import tensorboardX
 # What `Progress` shows: metric, label, format.
 _SHOWN = (
   ("train/loss", "loss", "{:.4f}"),
-  ("eval/loss", "held-out", "{:.4f}"),
+  ("held_out/loss", "held-out", "{:.4f}"),
   ("train/tokens_per_second", "tokens/s", "{:,.0f}"),
 )
 

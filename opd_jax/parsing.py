@@ -12,16 +12,21 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from opd_jax.config import RunConfig, require
+from opd_jax.config import require
 from opd_jax.errors import InputError
 
+ConfigT = TypeVar("ConfigT")
 
-def load(location: str, overrides: Sequence[str] = ()) -> RunConfig:
+
+def load(
+  cls: type[ConfigT], location: str, overrides: Sequence[str] = ()
+) -> ConfigT:
   """Reads an experiment: a Python file that defines `get_config`.
 
   Args:
+    cls: what the command wants: `RunConfig` or `SftConfig`.
     location: "FILE.py", or "FILE.py:ARG" for `get_config(ARG)`.
     overrides: "dotted.key=value" each, set after the file has been read. A
       value is a Python literal, or else a string.
@@ -52,7 +57,7 @@ def load(location: str, overrides: Sequence[str] = ()) -> RunConfig:
   values = _plain(values)
   for override in overrides:
     _override(values, override)
-  return parse(RunConfig, values)
+  return parse(cls, values)
 
 
 def _plain(values: Any) -> Any:
@@ -123,14 +128,22 @@ def parse(cls: type, values: Mapping[str, Any], prefix: str = "") -> Any:
 
 def _convert(hint: Any, value: Any, name: str) -> Any:
   """Checks a value against a field's type; int becomes float where asked."""
-  if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-    if isinstance(value, hint):
+  group = _group(hint)
+  if group is not None and not (value is None and _matches(hint, None)):
+    if isinstance(value, group):
       return value
     require(
       isinstance(value, Mapping) or hasattr(value, "items"),
       f"{name} must be a group of keys, got {value!r}",
     )
-    return parse(hint, dict(value.items()), f"{name}.")
+    return parse(group, dict(value.items()), f"{name}.")
+  if typing.get_origin(hint) is Mapping and hasattr(value, "items"):
+    _, item = typing.get_args(hint)
+    if _group(item) is None:
+      return dict(value.items())
+    return {
+      key: _convert(item, part, f"{name}.{key}") for key, part in value.items()
+    }
   if _matches(hint, value):
     if isinstance(value, list):
       return tuple(value)
@@ -140,6 +153,14 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
   raise InputError(
     f"{name} must be {_describe(hint)}, got {value!r} ({type(value).__name__})"
   )
+
+
+def _group(hint: Any) -> type | None:
+  """The config dataclass that a hint asks for, be it optional."""
+  for option in (hint, *typing.get_args(hint)):
+    if isinstance(option, type) and dataclasses.is_dataclass(option):
+      return option if typing.get_origin(hint) is not Mapping else None
+  return None
 
 
 def _matches(hint: Any, value: Any) -> bool:

@@ -69,7 +69,7 @@ def _step_number(checkpoints: Checkpoints, step: str) -> int | None:
     if best is None:
       raise InputError(
         "no checkpoint of this run has a held-out loss, so none is the best; "
-        "set eval.path in its config, or export --step=latest"
+        "set held_out.path in its config, or export --step=latest"
       )
     return best
   if not step.isdecimal():

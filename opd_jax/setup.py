@@ -8,11 +8,12 @@ import dataclasses
 
 from jax.sharding import Mesh
 
-from opd_jax import evaluate, objectives, optim, sampling, tokenizer
+from opd_jax import held_out as held_out_lib
+from opd_jax import objectives, optim, sampling, tokenizer
 from opd_jax.config import RunConfig
-from opd_jax.data import Prompts
+from opd_jax.data.prompts import Prompts
 from opd_jax.errors import InputError
-from opd_jax.evaluate import HeldOut
+from opd_jax.held_out import HeldOut
 from opd_jax.models import Model, ModelConfig, hf
 from opd_jax.objectives.base import Objective
 from opd_jax.scoring import Scorer
@@ -81,23 +82,23 @@ def prepare(config: RunConfig) -> Setup:
   sampling.check(config.sampling, stop_ids, config.batch.rollouts, vocab_size)
   prompts = Prompts(
     config.data,
-    student_tokenizer.encode,
+    student_tokenizer,
     seed=config.seed,
     batch_size=config.batch.prompts,
     vocab_size=vocab_size,
   )
   held_out = None
-  if config.eval.path is not None:
+  if config.held_out.path is not None:
     student = models["student"]
-    held_out = evaluate.read(
-      config.eval, student_tokenizer.encode, student.vocab_size
+    held_out = held_out_lib.read(
+      config.held_out, student_tokenizer.encode, student.vocab_size
     )
     longest = held_out.tokens.shape[-1]
     if longest > student.max_positions:
       raise InputError(
-        f"a text of {config.eval.path} has {longest} tokens, more than the "
+        f"a text of {config.held_out.path} has {longest} tokens, more than the "
         f"student's window of {student.max_positions} positions "
-        f"({config.student.path}); set eval.max_tokens to at most that"
+        f"({config.student.path}); set held_out.max_tokens to at most that"
       )
   return Setup(
     config=config,

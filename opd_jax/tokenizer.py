@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +54,56 @@ class Tokenizer:
     """One more than the largest id."""
     return max(self.vocabulary) + 1
 
-  def encode(self, text: str) -> list[int]:
-    """Ids of a text, with the special tokens this tokenizer adds by itself."""
-    return list(self._backend(text, verbose=False)["input_ids"])
+  def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
+    """Ids of a text, with the special tokens this tokenizer adds by itself.
+
+    Args:
+      text: to encode; special tokens written in it become their ids.
+      special_tokens: false adds none.
+    """
+    return list(
+      self._backend(text, verbose=False, add_special_tokens=special_tokens)[
+        "input_ids"
+      ]
+    )
+
+  def chat(
+    self,
+    messages: Sequence[Mapping[str, str]],
+    *,
+    thinking: bool | None = None,
+  ) -> str:
+    """The chat template's text of messages, up to the assistant's turn.
+
+    Args:
+      messages: {"role", "content"} each.
+      thinking: the template's `enable_thinking`; None leaves it out.
+
+    Raises:
+      InputError: no chat template, or one that refuses the messages.
+    """
+    if not self._backend.chat_template:
+      raise InputError(
+        f"the tokenizer in {self.path} has no chat template; set prompt.chat "
+        "to False and write the prompt's whole text in prompt.text, or add a "
+        "chat_template.jinja to that folder"
+      )
+    import jinja2
+
+    options = {} if thinking is None else {"enable_thinking": thinking}
+    try:
+      return self._backend.apply_chat_template(
+        [dict(message) for message in messages],
+        tokenize=False,
+        add_generation_prompt=True,
+        **options,
+      )
+    except jinja2.TemplateError as error:
+      raise InputError(
+        f"the chat template in {self.path} refuses the messages with roles "
+        f"{[message['role'] for message in messages]}: {error}; see what the "
+        "template allows"
+      ) from error
 
   def decode(
     self, ids: Iterable[int], *, skip_special_tokens: bool = True

@@ -16,11 +16,11 @@ import numpy as np
 import rich.console
 from jax.experimental import multihost_utils
 
-from opd_jax import evaluate
+from opd_jax import held_out as held_out_lib
 from opd_jax import setup as setup_lib
 from opd_jax.checkpoint import BEST_METRIC, Checkpoints
 from opd_jax.config import RunConfig
-from opd_jax.data import Batch
+from opd_jax.data.prompts import Batch
 from opd_jax.export import export
 from opd_jax.meter import Meter
 from opd_jax.metrics import Progress, Writer
@@ -178,7 +178,7 @@ def train(config: RunConfig, workdir: str | Path) -> Summary:
             writer.samples(done, _samples(setup, rollout))
         saving = last or _due(config.checkpoint.every, done)
         measured = {}
-        if saving or _due(config.eval.every, done):
+        if saving or _due(config.held_out.every, done):
           measured = evaluate_held_out()
         if saving:
           save(measured)
@@ -221,8 +221,8 @@ def describe(setup: Setup, step: Step) -> Iterator[str]:
     f"({hf.parameter_count(setup.teacher):,})"
   )
   yield (
-    f"prompts {config.data.path}: {report.kept} of {report.rows} rows, "
-    f"{report.mean_length:.1f} tokens on average, the longest {report.longest}"
+    f"prompts {', '.join(config.data.sources)}: {report.kept} of "
+    f"{report.rows} rows, {report.mean_length:.1f} tokens on average, the longest {report.longest}"
   )
   for count, fate in (
     (report.truncated, "longer than the window: their last tokens are used"),
@@ -305,7 +305,7 @@ def _held_out_loss(
   texts = setup.held_out.place(model.layout)
   compiled = (
     jax.jit(
-      lambda params, tokens, lengths: evaluate.loss(
+      lambda params, tokens, lengths: held_out_lib.loss(
         model, params, tokens, lengths
       ),
       out_shardings=model.layout.replicated(),

@@ -82,7 +82,9 @@ def damaged(opened, tmp_path):
 def test_restores_onto_another_mesh_with_the_same_types(opened):
   saved = make_state(4, fsdp=8)
   checkpoints = opened()
-  checkpoints.save(4, saved, {"order": {"next_index": 7}}, {"eval/loss": 1.0})
+  checkpoints.save(
+    4, saved, {"order": {"next_index": 7}}, {"held_out/loss": 1.0}
+  )
   checkpoints.wait()
   target = make_state(0, replica=2, fsdp=2, tensor=2)
   state, data_state = opened().restore(None, abstract(target))
@@ -116,7 +118,9 @@ def test_keeps_the_newest_and_the_best(opened):
   state = make_state()
   losses = {1: 3.0, 2: 1.0, 3: None, 4: 2.0, 5: float("nan"), 6: None}
   for step, loss in losses.items():
-    metrics = None if loss is None else {"eval/loss": loss, "train/loss": 0.0}
+    metrics = (
+      None if loss is None else {"held_out/loss": loss, "train/loss": 0.0}
+    )
     checkpoints.save(step, state, {}, metrics)
   checkpoints.wait()
   again = opened(CheckpointConfig(keep_latest=2))
@@ -124,16 +128,16 @@ def test_keeps_the_newest_and_the_best(opened):
     assert (view.latest(), view.best()) == (6, 2)
     with pytest.raises(InputError, match=r"of step 4 .* there: 2, 5, 6$"):
       view.restore(4, abstract(state))
-  again.save(7, state, {}, {"eval/loss": 0.5})
+  again.save(7, state, {}, {"held_out/loss": 0.5})
   again.wait()
-  again.save(7, state, {}, {"eval/loss": 9.0})  # There already: left alone.
+  again.save(7, state, {}, {"held_out/loss": 9.0})  # There already: left alone.
   assert (again.latest(), again.best()) == (7, 7)
 
 
 def test_without_keep_best_only_the_newest_stay(opened, tmp_path):
   checkpoints = opened(CheckpointConfig(keep_latest=1, keep_best=False))
   for step, loss in ((1, 0.1), (2, 2.0)):
-    checkpoints.save(step, make_state(), {}, {"eval/loss": loss})
+    checkpoints.save(step, make_state(), {}, {"held_out/loss": loss})
   checkpoints.wait()
   assert (checkpoints.latest(), checkpoints.best()) == (2, 2)
 

@@ -38,7 +38,7 @@ def run(good, tmp_path):
   folder = tmp_path / "run"
   shutil.copytree(good, folder)
   (folder / "config.py").write_text(CONFIG_FILE)
-  values = pair.config_of(folder, batch={"prompts": 8}, eval={}, steps=1)
+  values = pair.config_of(folder, batch={"prompts": 8}, held_out={}, steps=1)
   (folder / "config.json").write_text(json.dumps(values))
   return folder
 
@@ -97,10 +97,10 @@ BAD_CONFIGS = {
     ["objective gkd: beta", "[0, 1]", "1.5"],
   ),
   "no such model": (["student.path=nowhere"], ["'nowhere'", "give a folder"]),
-  "no such data": (["data.path=nowhere"], ["nowhere", "JSONL"]),
+  "no such data": (["data.sources.texts.path=nowhere"], ["nowhere", "JSONL"]),
   "no such field": (
-    ["data.field=prompt"],
-    ["line 1", "no field 'prompt'", "the row has text", "data.field"],
+    ["data.sources.texts.prompt.text={prompt}"],
+    ["line 1", "no field 'prompt'", "the row has text", "prompt.text"],
   ),
   "prompt too long": (
     ["data.max_prompt_tokens=17", "data.overlong=error"],
@@ -309,7 +309,7 @@ def test_a_run_its_export_and_another_run_in_its_folder(
   assert "not an empty folder; name another" in line
   elsewhere = [*export_command[:-1], f"--out={tmp_path}/new"]
   line = refused([*elsewhere, "--step=best"])
-  assert "eval.path" in line
+  assert "held_out.path" in line
   line = refused([*elsewhere, "--step=7"])
   assert "step 7 in" in line
   assert "steps there: 1" in line

@@ -83,7 +83,7 @@ def test_config_parses_and_its_mesh_divides_its_models(name, shared_data):
   path = REPO / "configs" / name
   local = "/shared/data" in path.read_text()
   location = f"{path}:{shared_data}" if local else str(path)
-  config = parsing.load(location)
+  config = parsing.load(config_lib.RunConfig, location)
   student = architecture(config.student.path)
   teacher = architecture(config.teacher.path)
   window = config.data.max_prompt_tokens + config.sampling.max_new_tokens

@@ -61,7 +61,7 @@ def test_commands_and_keys_exist(path):
   """Commands, config files and keys that a page names."""
   text = path.read_text()
   for command in re.findall(r"opd-jax ([a-z]+) +--", text):
-    assert command in cli._COMMANDS
+    assert command in cli.COMMANDS
   for file in re.findall(r"--config=(configs/\w+\.py)", text):
     assert (REPO / file).is_file(), file
   named = re.findall(r"--config\.([a-z_]+)(?:\.(\w+))?=", text)

@@ -16,9 +16,10 @@ PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "opd_jax"
 
 # Each layer may use those above it. Name a group only to shorten the table.
 BASE = {"errors", "types", "config", "parsing", "sharding", "sequences"}
-PARTS = BASE | {"models", "sampling", "objectives", "data", "tokenizer"}
+TEXT = {"tokenizer", "templates", "data"}
+PARTS = BASE | {"models", "sampling", "objectives"} | TEXT
 CORE = PARTS | {"scoring", "gradient", "optim", "step", "programs", "flops"}
-TOOLS = CORE | {"evaluate", "checkpoint", "metrics", "export"}
+TOOLS = CORE | {"held_out", "checkpoint", "metrics", "export"}
 
 # module: what of opd_jax it may import.
 ALLOWED = {
@@ -34,7 +35,8 @@ ALLOWED = {
   "sampling": BASE,
   "objectives": {"errors", "types", "parsing"},
   "tokenizer": BASE,
-  "data": BASE | {"tokenizer"},
+  "templates": BASE | {"tokenizer"},
+  "data": BASE | {"tokenizer", "templates"},
   #
   "scoring": PARTS,
   "gradient": PARTS | {"scoring"},
@@ -44,12 +46,12 @@ ALLOWED = {
   "step": PARTS | {"scoring", "gradient", "optim"},
   "programs": {"types", "step"},
   #
-  "evaluate": CORE,
+  "held_out": CORE,
   "checkpoint": CORE,
   "metrics": CORE,
   "export": CORE | {"checkpoint"},
   #
-  "setup": CORE | {"evaluate"},
+  "setup": CORE | {"held_out"},
   "meter": {"types", "flops", "metrics", "setup"},
   "train": TOOLS | {"setup", "meter"},
   "generate": PARTS,

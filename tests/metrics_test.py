@@ -109,7 +109,7 @@ def test_progress_prints_plain_lines_off_a_terminal():
   progress = metrics.Progress(
     200, start=100, console=rich.console.Console(file=screen, width=40)
   )
-  progress.update(100, {"eval/loss": 2.0})
+  progress.update(100, {"held_out/loss": 2.0})
   progress.update(110, {"train/loss": 0.5, "train/tokens_per_second": 12345.6})
   progress.close()
   lines = screen.getvalue().splitlines()
@@ -126,7 +126,7 @@ def test_progress_keeps_the_newest_values_in_a_bar():
     20,
     console=rich.console.Console(file=screen, force_terminal=True, width=120),
   )
-  progress.update(10, {"eval/loss": 2.0})
+  progress.update(10, {"held_out/loss": 2.0})
   progress.update(12, {"train/loss": 0.5})
   progress.close()
   text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())

@@ -81,12 +81,15 @@ def config_of(folder, **changes):
   return {
     "student": {"path": str(folder / "student")},
     "teacher": {"path": str(folder / "teacher")},
-    "data": {"path": str(folder / "texts.jsonl"), "max_prompt_tokens": 8},
+    "data": {
+      "sources": {"texts": {"path": str(folder / "texts.jsonl")}},
+      "max_prompt_tokens": 8,
+    },
     "sampling": {"max_new_tokens": 6},
     "batch": {"prompts": 4, "rollouts": 2, "chunk_tokens": 16},
     "objective": {"name": "gkd"},
     "optimizer": {"learning_rate": 1e-3},
-    "eval": {"path": str(folder / "texts.jsonl"), "every": 2, "batch": 4},
+    "held_out": {"path": str(folder / "texts.jsonl"), "every": 2, "batch": 4},
     "checkpoint": {"every": 3},
     "log": {"every": 1, "sample_every": 1, "time_split_every": None},
     "steps": 6,

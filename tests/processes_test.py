@@ -98,7 +98,7 @@ def test_two_processes_stop_together_resume_and_equal_one(
   """On the second mesh, every process has the rows of the other."""
   folder = pair.write_pair(tmp_path)
   values = pair.config_of(
-    folder, steps=STEPS, eval={}, checkpoint={"every": 100}
+    folder, steps=STEPS, held_out={}, checkpoint={"every": 100}
   )
   (folder / "config.json").write_text(json.dumps(values))
   (folder / "config.py").write_text(CONFIG)

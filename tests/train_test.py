@@ -197,7 +197,7 @@ def test_a_run_compiles_its_step_once(
 
   monkeypatch.setattr(Programs, "__call__", watched)
   # Prompts of every length from 4 to 8 ids pass through it.
-  _run(folder, tmp_path, eval={}, steps=5)
+  _run(folder, tmp_path, held_out={}, steps=5)
   listening[0] = False
   assert list(programs[0].compiled) == ["train"]
   assert compiled
@@ -226,7 +226,7 @@ def test_a_diverged_run_stops_and_keeps_the_good_state(
       tmp_path,
       optimizer={"learning_rate": 1e30},
       checkpoint={"every": 1},
-      eval={},
+      held_out={},
     )
   with pytest.raises(FloatingPointError):
     _run(
@@ -235,7 +235,7 @@ def test_a_diverged_run_stops_and_keeps_the_good_state(
       optimizer={"learning_rate": 1e30},
       log={"every": 100, "time_split_every": None},
       checkpoint={"every": 3},
-      eval={},
+      held_out={},
     )
   assert not list((tmp_path / "unlogged" / "checkpoints").glob("[0-9]*"))
 
@@ -244,9 +244,9 @@ def test_export_of_the_best_and_of_a_step(uninterrupted, tmp_path):
   _, workdir = uninterrupted
   best = export_run(workdir, tmp_path / "best", step="best")
   losses = {
-    record["step"]: record["eval/loss"]
+    record["step"]: record["held_out/loss"]
     for record in _records(workdir)
-    if "eval/loss" in record
+    if "held_out/loss" in record
   }
   assert best == min((3, 6), key=losses.get)
   assert export_run(workdir, tmp_path / "last") == 6

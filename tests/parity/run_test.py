@@ -8,7 +8,7 @@ import pytest
 
 from opd_jax import parsing
 from opd_jax import setup as setup_lib
-from opd_jax.config import SamplingConfig
+from opd_jax.config import RunConfig, SamplingConfig
 from opd_jax.generate import generate
 from opd_jax.models import Model, hf
 from opd_jax.sharding import TRAIN_RULES, Layout, make_mesh
@@ -27,6 +27,7 @@ def test_export_of_the_real_student(shared_data, monkeypatch, tmp_path):
     setup_lib, "make_mesh", lambda sizes: make_mesh({}, jax.devices()[:1])
   )
   config = parsing.load(
+    RunConfig,
     f"configs/tinystories_babyllama.py:{shared_data}",
     ["steps=3", "log.time_split_every=None", "optimizer.warmup_steps=0"],
   )

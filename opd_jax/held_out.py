@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from opd_jax import data
-from opd_jax.config import EvalConfig
+from opd_jax import templates
+from opd_jax.config import HeldOutConfig
+from opd_jax.data import sources
 from opd_jax.errors import InputError
 from opd_jax.models import Model
 from opd_jax.objectives.base import Needs, Request
@@ -49,7 +50,7 @@ class HeldOut:
 
 
 def read(
-  config: EvalConfig, encode: Callable[[str], Sequence[int]], vocab_size: int
+  config: HeldOutConfig, encode: Callable[[str], Sequence[int]], vocab_size: int
 ) -> HeldOut:
   """Reads and encodes the texts of a JSONL file.
 
@@ -63,15 +64,16 @@ def read(
       ids or more.
   """
   if config.path is None:
-    raise ValueError("eval.path is None: there is nothing to read")
-  rows = data.read_jsonl(config.path, config.field)[: config.rows]
+    raise ValueError("held_out.path is None: there is nothing to read")
+  rows = sources.read_jsonl(config.path)[: config.rows]
   texts = []
   for number, row in enumerate(rows, start=1):
-    text = row[config.field][: config.max_characters]
+    where = f"{config.path}, line {number}"
+    text = templates.fill(config.text, row, where)[: config.max_characters]
     if config.replace_newlines is not None:
       text = text.replace("\n", config.replace_newlines)
     texts.append(list(encode(text))[: config.max_tokens])
-    data.check_ids(texts[-1], vocab_size, f"{config.path}, line {number}")
+    sources.check_ids(texts[-1], vocab_size, where)
   if max(map(len, texts)) < 2:
     raise InputError(
       f"{config.path}: no text has two ids or more, so there is no token to "

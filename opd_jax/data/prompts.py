@@ -1,87 +1,24 @@
-"""JSONL rows to prompts, in an order that can be resumed.
+"""Rows of data to prompts, in an order that can be resumed.
 
-The only importer of grain. A file of prompts is small: every host tokenises
-all of it up front, so bad rows, counts and lengths are known before any device
-work, and makes the same batches. Arrays are numpy's.
+Prompts are small: every host tokenises all of them up front, so bad rows,
+counts and lengths are known before any device work, and makes the same batches.
+Arrays are numpy's.
 """
 
 import dataclasses
 import hashlib
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import grain
 import numpy as np
 from jaxtyping import Int
 
+from opd_jax import templates
 from opd_jax.config import DataConfig
+from opd_jax.data import sources
 from opd_jax.errors import InputError
-
-
-def read_jsonl(path: str | Path, field: str) -> list[dict[str, Any]]:
-  """Rows of a JSONL file, each an object with a text in `field`.
-
-  Blank lines at the end are ignored.
-
-  Raises:
-    InputError: no file, no rows, or a row (named by its 1-based line) that is
-      not JSON, not an object, or has no text in `field`.
-  """
-  path = Path(path)
-  if not path.is_file():
-    raise InputError(
-      f"no data file {path}; data.path and eval.path each name a JSONL file, "
-      "one object a line"
-    )
-  lines = path.read_bytes().rstrip().split(b"\n")
-  if lines == [b""]:
-    raise InputError(f"data file {path} has no rows; write one object a line")
-  rows = []
-  for number, line in enumerate(lines, start=1):
-    where = f"{path}, line {number}"
-    try:
-      row = json.loads(line)
-    except ValueError as error:
-      raise InputError(
-        f"{where}: not valid JSON ({error}); every line must be one object"
-      ) from error
-    if not isinstance(row, dict):
-      raise InputError(
-        f"{where}: expected an object, got {type(row).__name__}; write "
-        f'{{"{field}": ...}}'
-      )
-    if field not in row:
-      raise InputError(
-        f"{where}: no field {field!r}; the row has {', '.join(row) or 'none'}; "
-        "name the one that holds the text in data.field (eval.field)"
-      )
-    if not isinstance(row[field], str):
-      raise InputError(
-        f"{where}: field {field!r} must be a string, got "
-        f"{type(row[field]).__name__}"
-      )
-    try:
-      row[field].encode()
-    except UnicodeEncodeError as error:
-      raise InputError(
-        f"{where}: field {field!r} is not valid text ({error.reason} at "
-        f"character {error.start}); correct the row"
-      ) from error
-    rows.append(row)
-  return rows
-
-
-def check_ids(ids: Sequence[int], vocab_size: int, where: str) -> None:
-  """Raises InputError if a text has an id that a model has no row for."""
-  largest = max(ids, default=0)
-  if largest >= vocab_size:
-    raise InputError(
-      f"{where}: the tokenizer gives id {largest}, but the models have "
-      f"ids 0 to {vocab_size - 1}; use the tokenizer that belongs to them, or "
-      "texts without its added tokens"
-    )
+from opd_jax.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,14 +51,12 @@ class Batch:
   Attributes:
     tokens: left-aligned ids, then 0; the fields of a `types.PromptBatch`.
     lengths: ids per prompt, at least 1.
-    rows: 0-based row of the file.
-    texts: the row's text, before newlines were replaced and prompts cut.
+    rows: index of each prompt's row, counted over all sources in order.
   """
 
   tokens: Int[np.ndarray, "n P"]
   lengths: Int[np.ndarray, " n"]
   rows: tuple[int, ...]
-  texts: tuple[str, ...]
 
 
 class Prompts(Iterator[Batch]):
@@ -137,17 +72,17 @@ class Prompts(Iterator[Batch]):
   def __init__(
     self,
     config: DataConfig,
-    encode: Callable[[str], Sequence[int]],
+    tokenizer: Tokenizer,
     *,
     seed: int,
     batch_size: int,
     vocab_size: int,
   ):
-    """Reads and tokenises the whole file.
+    """Reads and tokenises all sources.
 
     Args:
-      config: the file, and how its rows become prompts.
-      encode: text to ids.
+      config: the sources, and how their rows become prompts.
+      tokenizer: of the student.
       seed: of the order.
       batch_size: prompts per step.
       vocab_size: ids that all models have.
@@ -156,10 +91,7 @@ class Prompts(Iterator[Batch]):
       InputError: bad file, a prompt too long where `overlong` is "error", an
         id that a model does not have, or no prompt left.
     """
-    self._texts = [
-      row[config.field] for row in read_jsonl(config.path, config.field)
-    ]
-    self._ids, self.report = _prepare(config, self._texts, encode, vocab_size)
+    self._ids, self.report = _prepare(config, tokenizer, vocab_size)
     self._rows = sorted(self._ids)
     self._window = config.max_prompt_tokens
     self._digest = _digest(self._ids)
@@ -182,7 +114,6 @@ class Prompts(Iterator[Batch]):
       tokens=tokens,
       lengths=np.array([len(self._ids[row]) for row in rows], np.int32),
       rows=rows,
-      texts=tuple(self._texts[row] for row in rows),
     )
 
   def get_state(self) -> dict[str, Any]:
@@ -205,46 +136,44 @@ class Prompts(Iterator[Batch]):
 
 
 def _prepare(
-  config: DataConfig,
-  texts: Sequence[str],
-  encode: Callable[[str], Sequence[int]],
-  vocab_size: int,
+  config: DataConfig, tokenizer: Tokenizer, vocab_size: int
 ) -> tuple[dict[int, np.ndarray], PromptReport]:
   """Ids of the prompts to use by row, and the counts."""
   window = config.max_prompt_tokens
   kept: dict[int, np.ndarray] = {}
-  empty = overlong = longest = 0
-  for row, text in enumerate(texts):
-    if config.replace_newlines is not None:
-      text = text.replace("\n", config.replace_newlines)
-    ids = np.asarray(encode(text)[: config.prompt_tokens], np.int32)
-    check_ids(ids.tolist(), vocab_size, f"{config.path}, line {row + 1}")
-    longest = max(longest, len(ids))
-    if len(ids) > window:
-      if config.overlong == "error":
-        raise InputError(
-          f"{config.path}, line {row + 1}: the prompt has {len(ids)} tokens, "
-          f"data.max_prompt_tokens is {window}; raise it, shorten the prompt, "
-          'or set data.overlong to "truncate_left" or "drop"'
-        )
-      overlong += 1
-      if config.overlong == "drop":
+  count = empty = overlong = longest = 0
+  for source in config.sources.values():
+    for index, row in enumerate(sources.read(source)):
+      where = sources.where(source, index)
+      ids = templates.prompt(source.prompt, row, tokenizer, where).ids
+      sources.check_ids(ids, vocab_size, where)
+      count += 1
+      longest = max(longest, len(ids))
+      if len(ids) > window:
+        if config.overlong == "error":
+          raise InputError(
+            f"{where}: the prompt has {len(ids)} tokens, "
+            f"data.max_prompt_tokens is {window}; raise it, shorten the "
+            'prompt, or set data.overlong to "truncate_left" or "drop"'
+          )
+        overlong += 1
+        if config.overlong == "drop":
+          continue
+        ids = ids[-window:]
+      if len(ids) == 0:
+        empty += 1
         continue
-      ids = ids[-window:]
-    if len(ids) == 0:
-      empty += 1
-      continue
-    kept[row] = ids
+      kept[count - 1] = np.asarray(ids, np.int32)
   if not kept:
     raise InputError(
-      f"{config.path}: none of the {len(texts)} rows can be used: {overlong} "
+      f"none of the {count} rows of data can be used: {overlong} "
       f"longer than data.max_prompt_tokens = {window} (the longest has "
       f"{longest}) and {empty} empty; raise data.max_prompt_tokens or set "
       'data.overlong to "truncate_left"'
     )
   dropped = overlong if config.overlong == "drop" else 0
   return kept, PromptReport(
-    rows=len(texts),
+    rows=count,
     kept=len(kept),
     truncated=overlong - dropped,
     dropped=dropped,

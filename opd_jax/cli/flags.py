@@ -1,0 +1,96 @@
+"""Flags of a command: parsed, described, and checked before any work."""
+
+import json
+import os
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from opd_jax.errors import InputError
+
+
+def new() -> Any:
+  """An empty set of flags, on which a command defines its own."""
+  from absl import flags
+
+  return flags.FlagValues()
+
+
+def parse(
+  values: Any,
+  command: str,
+  arguments: Sequence[str],
+  *,
+  required: Sequence[str],
+) -> bool:
+  """Parses the flags of a command; false if only help was asked for."""
+  from absl import flags
+
+  if any(argument in ("-h", "--help") for argument in arguments):
+    needed = " ".join(f"--{name}=..." for name in required)
+    print(f"usage: opd-jax {command} {needed} [--flag=value ...]\n")
+    print("\n".join(_describe(values[name]) for name in values))
+    return False
+  try:
+    rest = values([command, *arguments])[1:]
+  except flags.Error as error:
+    raise InputError(f"{command}: {error}") from error
+  if rest:
+    raise InputError(
+      f"{command}: unexpected argument {rest[0]!r}; write --flag=value"
+    )
+  missing = [f"--{name}" for name in required if not values[name].value]
+  if missing:
+    raise InputError(
+      f"{command} needs {' and '.join(missing)}; see opd-jax {command} --help"
+    )
+  return True
+
+
+def _describe(flag: Any) -> str:
+  """The lines of a flag in the help of its command."""
+  text = flag.help
+  if flag.default is not None and flag.default is not False:
+    text += f" (default: {flag.default})"
+  indent = 20
+  return textwrap.fill(
+    f"  --{flag.name}".ljust(indent) + " ".join(text.split()),
+    width=79,
+    subsequent_indent=" " * indent,
+    break_long_words=False,
+    break_on_hyphens=False,
+  )
+
+
+def check_folder(flag: str, path: str) -> None:
+  """Raises unless a folder is there, or could be made."""
+  if "://" in path:
+    raise InputError(
+      f"{flag}={path}: buckets are not supported; name a folder, on a disk "
+      "that all hosts share if there are several"
+    )
+  there = Path(path).absolute()
+  while not there.exists():
+    there = there.parent
+  if not there.is_dir():
+    raise InputError(
+      f"{flag}={path} cannot be a folder: {there} is a file; name another path"
+    )
+  if not os.access(there, os.W_OK):
+    raise InputError(
+      f"{flag}={path}: no permission to write in {there}; name another path"
+    )
+
+
+def check_file(flag: str, path: str) -> None:
+  """Raises unless a file is there, or could be written."""
+  if Path(path).is_dir():
+    raise InputError(f"{flag}={path} is a folder; name a file to write")
+  check_folder(flag, str(Path(path).parent))
+
+
+def write(path: str, values: Any) -> None:
+  """Writes figures as JSON; see --json of the commands."""
+  Path(path).parent.mkdir(parents=True, exist_ok=True)
+  Path(path).write_text(json.dumps(values, indent=2) + "\n")
