@@ -222,7 +222,8 @@ def describe(setup: Setup, step: Step) -> Iterator[str]:
   )
   yield (
     f"prompts {', '.join(config.data.sources)}: {report.kept} of "
-    f"{report.rows} rows, {report.mean_length:.1f} tokens on average, the longest {report.longest}"
+    f"{report.rows} rows, {report.mean_length:.1f} tokens on average, the "
+    f"longest {report.longest}"
   )
   for count, fate in (
     (report.truncated, "longer than the window: their last tokens are used"),
