@@ -16,7 +16,7 @@ PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "opd_jax"
 
 # Each layer may use those above it. Name a group only to shorten the table.
 BASE = {"errors", "types", "config", "parsing", "sharding", "sequences"}
-TEXT = {"tokenizer", "templates", "data"}
+TEXT = {"tokenizer", "templates", "arith", "data"}
 PARTS = BASE | {"models", "sampling", "objectives"} | TEXT
 CORE = PARTS | {"scoring", "gradient", "optim", "step", "programs", "flops"}
 TOOLS = CORE | {"held_out", "checkpoint", "metrics", "export"}
@@ -36,7 +36,8 @@ ALLOWED = {
   "objectives": {"errors", "types", "parsing"},
   "tokenizer": BASE,
   "templates": BASE | {"tokenizer"},
-  "data": BASE | {"tokenizer", "templates"},
+  "arith": {"errors", "config", "parsing"},
+  "data": BASE | {"tokenizer", "templates", "arith"},
   #
   "scoring": PARTS,
   "gradient": PARTS | {"scoring"},
