@@ -21,13 +21,18 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test quick unit lint format types hooks lock clean
+.PHONY: help setup quickstart test quick unit lint format types hooks lock clean
 
 help: ## Show this list.
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' \
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' \
 	  $(MAKEFILE_LIST)
 
 setup: $(VENV)/.stamp-project $(VENV)/.stamp-torch ## Make .venv from the lock.
+
+quickstart: $(VENV)/.stamp-project ## Distil a small model, in minutes on a CPU.
+	rm -rf runs/quickstart
+	$(BIN)/opd-jax train --config=configs/quickstart.py \
+	  --workdir=runs/quickstart
 
 $(VENV)/.stamp-lock: requirements/lock-py311.txt requirements/lock-py312.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) \

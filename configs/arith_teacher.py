@@ -1,0 +1,59 @@
+"""The teacher of the quickstart: from random weights to sums it can do.
+
+Supervised fine-tuning on right solutions of the task `arith`.
+
+  opd-jax sft --config=configs/arith_teacher.py --workdir=runs/arith_teacher
+
+`runs/arith_teacher/export` then holds what is shipped as
+`checkpoints/arith_teacher`, from which only config.json and the tokenizer are
+taken here.
+"""
+
+import pathlib
+
+from ml_collections import ConfigDict
+
+CHECKPOINTS = pathlib.Path(__file__).resolve().parent.parent / "checkpoints"
+
+
+def get_config() -> ConfigDict:
+  """The experiment."""
+  return ConfigDict(
+    {
+      "student": {"path": str(CHECKPOINTS / "arith_teacher"), "init": "random"},
+      "data": {
+        "sources": {
+          "arith": {
+            "path": "arith",
+            "options": {"rows": 100_000},
+            "prompt": {"text": "{question}"},
+            "completion": "{solution}",
+          }
+        },
+      },
+      "batch": {"rows": 16, "row_tokens": 128, "chunk_tokens": 2048},
+      "optimizer": {
+        "learning_rate": 4e-3,
+        "warmup_steps": 50,
+        "schedule": "cosine",
+        "final_fraction": 0.02,
+        "b2": 0.98,
+        "weight_decay": 0.01,
+      },
+      "eval": {
+        "source": {
+          "path": "arith",
+          "split": "test",
+          "options": {"rows": 250},
+          "prompt": {"text": "{question}"},
+        },
+        "samples": 8,
+        "sampling": {"max_new_tokens": 48},
+        "batch": 250,
+        "every": 250,
+      },
+      "checkpoint": {"every": 500},
+      "log": {"every": 50},
+      "steps": 2000,
+    }
+  )
