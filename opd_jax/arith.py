@@ -30,6 +30,9 @@ _MODULUS, _FACTOR, _HELD_OUT = 11, 4, (0, 1)
 # Off by one, or by a slip in the carry.
 _SLIPS = (-10, -1, 1, 10)
 
+# Operands, and the signs (1 or -1) between them.
+Problem = tuple[tuple[int, ...], tuple[int, ...]]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
@@ -86,7 +89,7 @@ def rows(options: Mapping[str, Any], split: str) -> list[dict[str, Any]]:
     for problem in _draw(rng, level, split == "test", share)
   ]
   order = rng.permutation(len(drawn))[: config.rows]
-  return [_row(*drawn[index], rng, config.slips) for index in order]
+  return [_row(drawn[index], rng, config.slips) for index in order]
 
 
 def held_out(
@@ -99,12 +102,12 @@ def held_out(
 
 def _draw(
   rng: np.random.Generator, level: int, test: bool, count: int
-) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+) -> list[Problem]:
   """Operands and signs of distinct problems of one level and split.
 
   Ends before `count` once draws hardly find a new problem.
   """
-  found: dict[tuple[tuple[int, ...], tuple[int, ...]], None] = {}
+  found: dict[Problem, None] = {}
   while len(found) < count:
     before = len(found)
     batch = 4 * count + 1000
@@ -125,11 +128,9 @@ def _draw(
 
 
 def _row(
-  operands: tuple[int, ...],
-  signs: tuple[int, ...],
-  rng: np.random.Generator,
-  slips: float,
+  problem: Problem, rng: np.random.Generator, slips: float
 ) -> dict[str, Any]:
+  operands, signs = problem
   changes = np.array(operands[1:]) * np.array(signs)
   question, total = str(operands[0]), operands[0]
   steps = []

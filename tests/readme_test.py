@@ -21,7 +21,7 @@ LIMIT_SECONDS = 400
 
 # Why a command is not run here, by what it starts with.
 NOT_HERE = {
-  "make ": "makes an environment; CI runs `make test`, people `make quickstart`",
+  "make ": "makes an environment",
   "pip ": "installs",
   "source ": "is for the shell",
   "launch/": "needs a pod; see launch_test.py",
