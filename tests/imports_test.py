@@ -19,7 +19,8 @@ BASE = {"errors", "types", "config", "parsing", "sharding", "sequences"}
 TEXT = {"tokenizer", "templates", "data"}
 PARTS = BASE | {"models", "sampling", "objectives"} | TEXT
 CORE = PARTS | {"scoring", "gradient", "optim", "step", "programs", "flops"}
-TOOLS = CORE | {"held_out", "checkpoint", "metrics", "export"}
+MEASURES = {"held_out", "verifiers", "estimates", "generate", "evaluate"}
+TOOLS = CORE | MEASURES | {"checkpoint", "metrics", "export"}
 
 # module: what of opd_jax it may import.
 ALLOWED = {
@@ -46,7 +47,11 @@ ALLOWED = {
   "step": PARTS | {"scoring", "gradient", "optim"},
   "programs": {"types", "step"},
   #
+  "verifiers": {"errors"},
+  "estimates": set(),
   "held_out": CORE,
+  "generate": PARTS,
+  "evaluate": PARTS | {"verifiers", "estimates", "generate"},
   "checkpoint": CORE,
   "metrics": CORE,
   "export": CORE | {"checkpoint"},
@@ -54,10 +59,10 @@ ALLOWED = {
   "setup": CORE | {"held_out"},
   "meter": {"types", "flops", "metrics", "setup"},
   "train": TOOLS | {"setup", "meter"},
-  "generate": PARTS,
-  "run_export": TOOLS | {"train"},
+  "saved": TOOLS | {"train"},
+  "run_export": TOOLS | {"saved"},
   #
-  "cli": {"errors", "config", "parsing", "train", "generate", "run_export"},
+  "cli": BASE | TEXT | {"train", "run_export", "saved", "generate", "evaluate"},
 }
 
 # Third-party package: the only modules that may import it.
