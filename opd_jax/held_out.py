@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +95,7 @@ def read(
 
 
 class HeldOutLoss:
-  """The held-out loss as a measurement of a run; see `loop.Measurement`.
+  """The held-out loss as a measurement of a run; see `task.Measurement`.
 
   Attributes:
     every: steps between two.
@@ -112,6 +113,10 @@ class HeldOutLoss:
   def __call__(self, params: Params) -> dict[str, float]:
     """Nats per token by the name of the metric."""
     return {"held_out/loss": float(self._loss(params, *self._place()))}
+
+  def examples(self, count: int) -> list[Mapping[str, Any]]:
+    """There is no text in it."""
+    return []
 
 
 def loss(

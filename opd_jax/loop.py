@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import rich.console
@@ -20,37 +21,11 @@ from opd_jax.interrupts import Profiler, terminated
 from opd_jax.meter import Meter
 from opd_jax.metrics import Progress, Writer
 from opd_jax.models import Model
+from opd_jax.summary import EXAMPLES, Summary
 from opd_jax.task import Data, Measurement, Task
 
 EXPORT_FOLDER = "export"
 CHECKPOINT_FOLDER = "checkpoints"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Summary:
-  """What a run ends with; also `summary.json` in its folder.
-
-  Attributes:
-    step: updates done.
-    finished: whether that is all of them; false after SIGTERM.
-    loss_before: held-out loss of the student as it came, nats per token.
-    loss_after: held-out loss at the end.
-    before: everything measured of the student as it came, by metric.
-    after: the same at the end.
-    seconds: of this process, compilation included.
-    compile_seconds: of them.
-    export: folder of the Hugging Face checkpoint.
-  """
-
-  step: int
-  finished: bool
-  loss_before: float | None
-  loss_after: float | None
-  before: Mapping[str, float]
-  after: Mapping[str, float]
-  seconds: float
-  compile_seconds: float
-  export: str | None
 
 
 def run(
@@ -88,7 +63,13 @@ def run(
       tell.print(line)
 
     # --- Weights, straight into their places. ---
-    measured: dict[str, dict[str, float]] = {"before": {}, "after": {}}
+    measured: dict[str, Any] = {
+      "teacher": {},
+      "before": {},
+      "after": {},
+      "examples_before": [],
+      "examples_after": [],
+    }
     saved_step = checkpoints.latest()
     if saved_step is None:
       state = task.initial_state()
@@ -127,8 +108,15 @@ def run(
               record(values)
             found |= values
         measured["after"] |= found
+        examples = [
+          example
+          for measurement in measurements
+          for example in measurement.examples(EXAMPLES)
+        ]
+        measured["examples_after"] = examples
         if done == 0:
           measured["before"] |= found
+          measured["examples_before"] = examples
         return found
 
       def save(values: Mapping[str, float]) -> None:
@@ -139,6 +127,8 @@ def run(
           checkpoints.save(done, state, place, values)
 
       if done == 0:
+        measured["teacher"] = dict(task.baseline())
+        record(measured["teacher"])
         measure(everything=True)
       stop = stack.enter_context(terminated())
       profiler = stack.enter_context(
@@ -179,16 +169,14 @@ def run(
   summary = Summary(
     step=done,
     finished=finished,
-    loss_before=measured["before"].get("held_out/loss"),
-    loss_after=measured["after"].get("held_out/loss"),
-    before=measured["before"],
-    after=measured["after"],
+    samples=config.eval.samples,
+    **measured,
     seconds=time.monotonic() - began,
     compile_seconds=task.compile_seconds,
     export=str(folder) if finished else None,
   )
   if first_process:
-    text = json.dumps(dataclasses.asdict(summary), indent=2)
+    text = json.dumps(summary.to_json(), indent=2)
     (workdir / "summary.json").write_text(text + "\n")
   return summary
 

@@ -20,6 +20,8 @@ import tensorboardX
 _SHOWN = (
   ("train/loss", "loss", "{:.4f}"),
   ("held_out/loss", "held-out", "{:.4f}"),
+  ("teacher/accuracy", "teacher accuracy", "{:.3f}"),
+  ("eval/accuracy", "accuracy", "{:.3f}"),
   ("train/tokens_per_second", "tokens/s", "{:,.0f}"),
 )
 

@@ -8,11 +8,12 @@ import dataclasses
 
 from jax.sharding import Mesh
 
+from opd_jax import evaluate, objectives, optim, sampling, tokenizer
 from opd_jax import held_out as held_out_lib
-from opd_jax import objectives, optim, sampling, tokenizer
 from opd_jax.config import HeldOutConfig, RunConfig
 from opd_jax.data.prompts import Prompts
 from opd_jax.errors import InputError
+from opd_jax.evaluate import Problems
 from opd_jax.held_out import HeldOut
 from opd_jax.models import Model, ModelConfig, hf
 from opd_jax.objectives.base import Objective
@@ -35,7 +36,9 @@ class Setup:
     vocab_size: ids that both models and the tokenizer have.
     stop_ids: end a completion.
     prompts: endless batches.
-    held_out: texts of the evaluation, if there is one.
+    held_out: texts of the held-out loss, if there are any.
+    problems: of the evaluation, as the student is asked, if there is one.
+    teacher_problems: as the teacher is asked, if it is evaluated too.
     objective: what is descended.
   """
 
@@ -48,6 +51,8 @@ class Setup:
   stop_ids: tuple[int, ...]
   prompts: Prompts
   held_out: HeldOut | None
+  problems: Problems | None
+  teacher_problems: Problems | None
   objective: Objective
 
 
@@ -89,6 +94,18 @@ def prepare(config: RunConfig) -> Setup:
     teacher_vocab_size=models["teacher"].vocab_size,
   )
   _check_windows(config, models, prompts)
+  problems = evaluate.of_run(
+    config.eval, config.sampling, student_tokenizer, models["student"]
+  )
+  teacher_problems = None
+  if config.eval.source is not None and config.eval.teacher:
+    teacher_problems = evaluate.prepare(
+      config.eval,
+      config.sampling,
+      teacher_tokenizer,
+      models["teacher"],
+      config.eval.source.teacher_prompt,
+    )
   return Setup(
     config=config,
     student=models["student"],
@@ -101,6 +118,8 @@ def prepare(config: RunConfig) -> Setup:
     held_out=read_held_out(
       config.held_out, models["student"], student_tokenizer
     ),
+    problems=problems,
+    teacher_problems=teacher_problems,
     objective=objective,
   )
 

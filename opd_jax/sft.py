@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from opd_jax import flops, loop, optim, tokenizer
-from opd_jax.config import SftConfig
+from opd_jax import evaluate, flops, loop, optim, tokenizer
+from opd_jax.config import SamplingConfig, SftConfig
 from opd_jax.data.packing import PackedBatch, PackedExamples
 from opd_jax.errors import InputError
+from opd_jax.evaluate import Accuracy, Problems
 from opd_jax.held_out import HeldOut, HeldOutLoss
-from opd_jax.loop import Summary
 from opd_jax.meter import Work
 from opd_jax.models import Model, ModelConfig, hf
 from opd_jax.objectives import sft as objective
@@ -28,7 +28,9 @@ from opd_jax.objectives.base import Objective
 from opd_jax.programs import compiled
 from opd_jax.scoring import Scorer
 from opd_jax.setup import read_held_out
-from opd_jax.sharding import TRAIN_RULES, Layout, make_mesh
+from opd_jax.sharding import DECODE_RULES, TRAIN_RULES, Layout, make_mesh
+from opd_jax.summary import Summary
+from opd_jax.task import Measurement
 from opd_jax.tokenizer import Tokenizer
 from opd_jax.types import (
   PackedRows,
@@ -53,6 +55,7 @@ class SftSetup:
     vocab_size: ids that the model and the tokenizer have.
     examples: endless batches of packed rows.
     held_out: texts of the held-out loss, if there are any.
+    problems: of the evaluation, if there is one.
   """
 
   config: SftConfig
@@ -61,6 +64,7 @@ class SftSetup:
   vocab_size: int
   examples: PackedExamples
   held_out: HeldOut | None
+  problems: Problems | None
 
 
 def prepare(config: SftConfig) -> SftSetup:
@@ -97,6 +101,7 @@ def prepare(config: SftConfig) -> SftSetup:
     vocab_size=vocab_size,
     examples=examples,
     held_out=read_held_out(config.held_out, student, tokens),
+    problems=evaluate.of_run(config.eval, SamplingConfig(), tokens, student),
   )
 
 
@@ -196,11 +201,16 @@ def sft(config: SftConfig, workdir: str | Path) -> Summary:
   began = time.monotonic()
   setup = prepare(config)
   step = make_step(setup)
-  measurements = []
+  student = step.scorer.student
+  measurements: list[Measurement] = []
   if setup.held_out is not None:
     measurements.append(
-      HeldOutLoss(setup.held_out, step.scorer.student, config.held_out.every)
+      HeldOutLoss(setup.held_out, student, config.held_out.every)
     )
+  if setup.problems is not None:
+    decode = Layout.create(student.layout.mesh, DECODE_RULES)
+    decoder = dataclasses.replace(student, layout=decode, remat="none")
+    measurements.append(Accuracy(setup.problems, decoder))
   return loop.run(
     FineTuning(setup, step),
     setup.examples,
@@ -297,6 +307,10 @@ class FineTuning:
       ),
     )
     self.compile_seconds += time.monotonic() - began
+
+  def baseline(self) -> Mapping[str, float]:
+    """There are no frozen models."""
+    return {}
 
   def step(
     self, state: TrainState, batch: PackedBatch

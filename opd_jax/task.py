@@ -54,6 +54,10 @@ class Task(Protocol):
     """All that comes before the first step: frozen weights, programs."""
     ...
 
+  def baseline(self) -> Mapping[str, float]:
+    """What is measured of frozen models, once, before the first step."""
+    ...
+
   def step(
     self, state: TrainState, batch: Any
   ) -> tuple[TrainState, Metrics, Any]:
@@ -103,4 +107,8 @@ class Measurement(Protocol):
 
   def __call__(self, params: Params) -> Mapping[str, float]:
     """Values by metric."""
+    ...
+
+  def examples(self, count: int) -> Sequence[Mapping[str, Any]]:
+    """A few texts of the last one, for the summary; JSON."""
     ...

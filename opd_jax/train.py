@@ -1,5 +1,6 @@
 """On-policy distillation: what a run is made of, and where its loop starts."""
 
+import dataclasses
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,14 +14,16 @@ from opd_jax import flops, loop
 from opd_jax import setup as setup_lib
 from opd_jax.config import RunConfig
 from opd_jax.data.prompts import Batch, Tokens
+from opd_jax.evaluate import Accuracy
 from opd_jax.held_out import HeldOutLoss
-from opd_jax.loop import Summary
 from opd_jax.meter import Work
 from opd_jax.models import Model, hf
 from opd_jax.programs import Programs
 from opd_jax.setup import Setup
 from opd_jax.sharding import Layout
 from opd_jax.step import Step
+from opd_jax.summary import Summary
+from opd_jax.task import Measurement
 from opd_jax.types import (
   STOP_ID,
   Params,
@@ -49,11 +52,13 @@ def train(config: RunConfig, workdir: str | Path) -> Summary:
   began = time.monotonic()
   setup = setup_lib.prepare(config)
   step = setup_lib.make_step(setup)
-  measurements = []
+  measurements: list[Measurement] = []
   if setup.held_out is not None:
     measurements.append(
       HeldOutLoss(setup.held_out, step.scorer.student, config.held_out.every)
     )
+  if setup.problems is not None:
+    measurements.append(Accuracy(setup.problems, step.decoder))
   return loop.run(
     Distillation(setup, step),
     setup.prompts,
@@ -64,7 +69,7 @@ def train(config: RunConfig, workdir: str | Path) -> Summary:
 
 
 class Distillation:
-  """The task of `train`; see `loop.Task`.
+  """The task of `train`; see `task.Task`.
 
   Attributes:
     kind: names the command.
@@ -109,6 +114,19 @@ class Distillation:
     )
     inputs = _abstract_inputs(self._setup, self.student.layout)
     self._programs.compile(state, self._frozen, inputs)
+
+  def baseline(self) -> Mapping[str, float]:
+    """The teacher's accuracy, if it is asked for, under names of its own."""
+    problems = self._setup.teacher_problems
+    if problems is None:
+      return {}
+    teacher = dataclasses.replace(
+      self._step.scorer.model("teacher"), layout=self._step.decoder.layout
+    )
+    found = Accuracy(problems, teacher)(self._frozen["teacher"])
+    return {
+      name.replace("eval/", "teacher/"): value for name, value in found.items()
+    }
 
   def step(
     self, state: TrainState, batch: Batch

@@ -18,8 +18,10 @@ PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "opd_jax"
 BASE = {"errors", "types", "config", "parsing", "sharding", "sequences"}
 TEXT = {"tokenizer", "templates", "arith", "data"}
 PARTS = BASE | {"models", "sampling", "objectives"} | TEXT
-CORE = PARTS | {"scoring", "gradient", "optim", "step", "programs", "flops"}
-TOOLS = CORE | {"held_out", "checkpoint", "metrics", "export"}
+CORE = PARTS | {"scoring", "gradient", "optim", "update", "step", "programs"}
+MEASURES = {"held_out", "verifiers", "estimates", "generate", "evaluate"}
+TOOLS = {"flops", "checkpoint", "metrics", "export", "meter", "summary"}
+RUN = CORE | MEASURES | TOOLS | {"task", "interrupts", "loop"}
 
 # module: what of opd_jax it may import.
 ALLOWED = {
@@ -42,24 +44,35 @@ ALLOWED = {
   "scoring": PARTS,
   "gradient": PARTS | {"scoring"},
   "optim": PARTS,
-  "flops": {"models"},
+  "update": PARTS | {"scoring", "gradient", "optim"},
+  "step": PARTS | {"scoring", "gradient", "optim", "update"},
+  "programs": {"types", "step", "update"},
   #
-  "step": PARTS | {"scoring", "gradient", "optim"},
-  "programs": {"types", "step"},
-  #
+  "verifiers": {"errors"},
+  "estimates": set(),
   "held_out": CORE,
+  "generate": PARTS,
+  "evaluate": PARTS | {"verifiers", "estimates", "generate"},
+  #
+  "flops": {"models"},
   "checkpoint": CORE,
   "metrics": CORE,
   "export": CORE | {"checkpoint"},
+  "meter": {"types", "flops", "metrics"},
+  "summary": set(),
   #
-  "setup": CORE | {"held_out"},
-  "meter": {"types", "flops", "metrics", "setup"},
-  "train": TOOLS | {"setup", "meter"},
-  "generate": PARTS,
-  "run_export": TOOLS | {"train"},
+  "task": {"config", "types", "models", "update", "meter"},
+  "interrupts": {"types"},
+  "loop": CORE | TOOLS | {"task", "interrupts"},
+  "setup": CORE | MEASURES,
+  "train": RUN | {"setup"},
+  "sft": RUN | {"setup"},
+  "saved": RUN | {"sft"},
+  "run_export": RUN | {"saved"},
   #
-  "cli": {"errors", "config", "parsing", "data"}
-  | {"train", "generate", "run_export"},
+  "cli": BASE
+  | TEXT
+  | {"train", "sft", "run_export", "saved", "generate", "evaluate"},
 }
 
 # Third-party package: the only modules that may import it.

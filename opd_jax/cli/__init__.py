@@ -19,8 +19,10 @@ USAGE = """usage: opd-jax COMMAND [--flag=value ...]
             distil a student; run again to resume
   sft       --config=FILE.py[:ARG] --workdir=DIR [--config.KEY=VALUE ...]
             fine-tune on given completions; run again to resume
+  eval      --model=DIR [--data=FILE --verifier=number --samples=8 ...]
+            how often a checkpoint or a run is right, with intervals
   generate  --model=DIR --prompt=TEXT [--prompt=TEXT ...]
-            complete prompts
+            complete prompts, or with --data and --out all rows of a source
   export    --workdir=DIR --out=DIR [--step=latest|best|N]
             write a checkpoint of a run as a Hugging Face model
   dataset   --jsonl=FILE --name=NAME --data_dir=DIR [--split=train]
@@ -29,7 +31,7 @@ USAGE = """usage: opd-jax COMMAND [--flag=value ...]
 opd-jax COMMAND --help lists the flags of a command.
 """
 
-COMMANDS = ("train", "sft", "generate", "export", "dataset")
+COMMANDS = ("train", "sft", "eval", "generate", "export", "dataset")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

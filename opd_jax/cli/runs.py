@@ -20,7 +20,7 @@ def run(
     command: its name.
     arguments: of the command line.
     config_class: of its config.
-    start: of the config and the workdir; returns a `loop.Summary`.
+    start: of the config and the workdir; returns a `summary.Summary`.
   """
   from absl import flags
 
@@ -75,13 +75,5 @@ def _report(summary: Any, steps: int) -> None:
       file=sys.stderr,
     )
     return
-  if summary.loss_before is not None:
-    print(
-      f"held-out loss {summary.loss_before:.4f} -> {summary.loss_after:.4f} "
-      "nats per token"
-    )
-  print(
-    f"{summary.step} steps in {summary.seconds:.0f} s, "
-    f"{summary.compile_seconds:.0f} s of them compiling"
-  )
-  print(f"Hugging Face checkpoint: {summary.export}")
+  for line in summary.lines():
+    print(line)

@@ -1,4 +1,4 @@
-"""`opd-jax train`: fine-tune on given completions."""
+"""`opd-jax sft`: fine-tune on given completions."""
 
 from collections.abc import Sequence
 from typing import Any
