@@ -97,7 +97,7 @@ BAD_CONFIGS = {
     ["objective gkd: beta", "[0, 1]", "1.5"],
   ),
   "no such model": (["student.path=nowhere"], ["'nowhere'", "give a folder"]),
-  "no such data": (["data.sources.texts.path=nowhere"], ["nowhere", "JSONL"]),
+  "no such data": (["data.sources.texts.path=nowhere"], ["nowhere", "FILE.jsonl"]),
   "no such field": (
     ["data.sources.texts.prompt.text={prompt}"],
     ["line 1", "no field 'prompt'", "the row has text", "prompt.text"],

@@ -86,8 +86,8 @@ def test_a_run_leaves_what_it_promises(uninterrupted):
   summary, workdir = uninterrupted
   assert summary.finished
   assert summary.step == 6
-  assert summary.loss_after < summary.loss_before
-  assert json.loads((workdir / "summary.json").read_text()) == vars(summary)
+  assert summary.after["held_out/loss"] < summary.before["held_out/loss"]
+  assert json.loads((workdir / "summary.json").read_text()) == summary.to_json()
   assert (workdir / "export" / "model.safetensors").is_file()
   assert any((workdir / "tensorboard").iterdir())
   steps = [record for record in _records(workdir) if "train/loss" in record]
@@ -133,9 +133,9 @@ def test_resume_equals_uninterrupted_bit_for_bit(
   resumed = _run(folder, tmp_path)
   whole, workdir = uninterrupted
   assert resumed.finished
-  assert (resumed.loss_before, resumed.loss_after) == (
-    whole.loss_before,
-    whole.loss_after,
+  assert (resumed.before["held_out/loss"], resumed.after["held_out/loss"]) == (
+    whole.before["held_out/loss"],
+    whole.after["held_out/loss"],
   )
   assert _records(tmp_path) == _records(workdir)
   for name in ("samples.jsonl", "export/model.safetensors"):
@@ -152,7 +152,10 @@ def test_a_finished_run_is_not_run_again(
   summary, workdir = uninterrupted
   monkeypatch.setattr(Programs, "compile", lambda *_: pytest.fail("compiled"))
   again = _run(folder, workdir)
-  assert (again.step, again.loss_after) == (6, summary.loss_after)
+  assert (again.step, again.after["held_out/loss"]) == (
+    6,
+    summary.after["held_out/loss"],
+  )
 
 
 def test_split_draws_the_same_tokens(
@@ -163,7 +166,9 @@ def test_split_draws_the_same_tokens(
   assert _records(tmp_path, "samples.jsonl") == _records(
     workdir, "samples.jsonl"
   )
-  np.testing.assert_allclose(split.loss_after, whole.loss_after, rtol=1e-6)
+  np.testing.assert_allclose(
+    split.after["held_out/loss"], whole.after["held_out/loss"], rtol=1e-6
+  )
 
 
 def test_eight_devices_draw_the_same_tokens(folder, uninterrupted, tmp_path):
@@ -172,7 +177,9 @@ def test_eight_devices_draw_the_same_tokens(folder, uninterrupted, tmp_path):
   assert _records(tmp_path, "samples.jsonl") == _records(
     workdir, "samples.jsonl"
   )
-  np.testing.assert_allclose(spread.loss_after, whole.loss_after, rtol=1e-5)
+  np.testing.assert_allclose(
+    spread.after["held_out/loss"], whole.after["held_out/loss"], rtol=1e-5
+  )
 
 
 def test_a_run_compiles_its_step_once(

@@ -34,8 +34,8 @@ def test_export_of_the_real_student(shared_data, monkeypatch, tmp_path):
   summary = train(config, tmp_path)
   # The loss that transformers gives the pair in its reference.json.
   source = shared_data / "models" / "babyllama-student"
-  np.testing.assert_allclose(summary.loss_before, 1.894, atol=5e-4)
-  assert summary.loss_after < summary.loss_before
+  np.testing.assert_allclose(summary.before["held_out/loss"], 1.894, atol=5e-4)
+  assert summary.after["held_out/loss"] < summary.before["held_out/loss"]
 
   theirs = AutoModelForCausalLM.from_pretrained(
     summary.export, dtype=torch.float32
