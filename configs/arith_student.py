@@ -1,8 +1,8 @@
 """The student of the quickstart: it learned from faulty solutions.
 
 Supervised fine-tuning on solutions of the task `arith` in which one step of
-five is wrong. Of these solutions 4 of 10 end with the right answer, and so do
-the student's once it has converged: it draws what it was shown.
+five or six is wrong. Half of these solutions (51 %) end with the right answer,
+and so do the student's once it has converged: it draws what it was shown.
 
   opd-jax sft --config=configs/arith_student.py --workdir=runs/arith_student
 
