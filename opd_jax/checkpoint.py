@@ -25,7 +25,10 @@ from opd_jax.config import CheckpointConfig
 from opd_jax.errors import InputError
 from opd_jax.types import TrainState
 
-BEST_METRIC = "held_out/loss"
+# What makes a checkpoint the best: the accuracy of the evaluation if there is
+# one, or else the held-out loss.
+ACCURACY = "eval/accuracy"
+LOSS = "held_out/loss"
 
 _SIZES = "sizes.json"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -44,6 +47,19 @@ _FREE_KEYS = (
   "batch.chunk_tokens",
   "student.remat",
 )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Manifest:
+  """What run a folder of checkpoints is of.
+
+  Attributes:
+    kind: the command that made it, "train" or "sft".
+    config: of the run, as nested dicts.
+  """
+
+  kind: str
+  config: Mapping[str, Any]
 
 
 class Checkpoints:
@@ -75,7 +91,7 @@ class Checkpoints:
           "workdir of a run that has saved one"
         )
       options = ocp.CheckpointManagerOptions(
-        best_fn=_loss, best_mode="min", create=False
+        best_fn=_score, best_mode="max", create=False
       )
     else:
       options = ocp.CheckpointManagerOptions(
@@ -83,16 +99,17 @@ class Checkpoints:
           post_finalization_callback=self._write_sizes
         ),
         preservation_policy=_preservation(config),
-        best_fn=_loss,
-        best_mode="min",
+        best_fn=_score,
+        best_mode="max",
         cleanup_tmp_directories=True,
       )
     self._manager = ocp.CheckpointManager(self._directory, options=options)
 
-  def save_manifest(self, run: Mapping[str, Any]) -> None:
+  def save_manifest(self, kind: str, run: Mapping[str, Any]) -> None:
     """Records what run this is; call it at the start, before `restore`.
 
     Args:
+      kind: of run: the command that makes it, "train" or "sft".
       run: the run's config as nested dicts.
 
     Raises:
@@ -103,17 +120,23 @@ class Checkpoints:
     run = json.loads(json.dumps(run))
     file = self._directory / "manifest.json"
     if self.latest() is not None and file.exists():
-      _check_same_run(_read_manifest(file), run, str(self._directory))
+      saved = _read_manifest(file)
+      if saved.kind != kind:
+        raise InputError(
+          f"{self._directory} holds checkpoints of opd-jax {saved.kind}, not "
+          f"of {kind}; use that command to resume it, or a new workdir"
+        )
+      _check_same_run(saved.config, run, str(self._directory))
     if jax.process_index() == 0:
       versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
       versions["opd_jax"] = opd_jax.__version__
-      manifest = {"config": run, "versions": versions}
+      manifest = {"kind": kind, "config": run, "versions": versions}
       partial = self._directory / "manifest.json.partial"
       partial.write_text(json.dumps(manifest, indent=2) + "\n")
       partial.replace(file)
 
-  def read_manifest(self) -> dict[str, Any]:
-    """The config of the run, as `save_manifest` got it.
+  def read_manifest(self) -> "Manifest":
+    """What run this is, as `save_manifest` got it.
 
     Raises:
       InputError: there is none, or it is damaged.
@@ -135,8 +158,8 @@ class Checkpoints:
       step: updates done.
       state: as it is after that step.
       data_state: of the prompts' iterator, JSON.
-      metrics: those of this step; "held_out/loss" makes it a candidate for
-        best.
+      metrics: those of this step; "eval/accuracy" or "held_out/loss" makes it
+        a candidate for best.
     """
     if step in self._manager.all_steps():
       return
@@ -165,9 +188,9 @@ class Checkpoints:
     return self._manager.latest_step()
 
   def best(self) -> int | None:
-    """The step of the lowest held-out loss, the newest of equals."""
+    """The step of the highest accuracy or lowest loss, the newest of equals."""
     step = self._manager.best_step()
-    if step is None or BEST_METRIC not in (self._manager.metrics(step) or {}):
+    if step is None or _score(self._manager.metrics(step) or {}) == -math.inf:
       return None
     return step
 
@@ -290,16 +313,16 @@ def _preservation(
   if not config.keep_best:
     return latest
   best = policies.BestN(
-    get_metric_fn=_loss,
-    reverse=True,
+    get_metric_fn=_score,
     n=1,
     keep_checkpoints_without_metrics=False,
   )
   return policies.AnyPreservationPolicy([latest, best])
 
 
-def _loss(metrics: Mapping[str, float]) -> float:
-  return metrics.get(BEST_METRIC, math.inf)
+def _score(metrics: Mapping[str, float]) -> float:
+  """Higher is better: an accuracy, or a loss below all accuracies."""
+  return metrics.get(ACCURACY, -metrics.get(LOSS, math.inf))
 
 
 def _listed(steps: Sequence[int]) -> str:
@@ -363,14 +386,15 @@ def _bit_sums(leaves: list[Array]) -> list[UInt32[Array, ""]]:
   return [bit_sum(leaf) for leaf in leaves]
 
 
-def _read_manifest(file: epath.Path) -> dict[str, Any]:
+def _read_manifest(file: epath.Path) -> Manifest:
   if not file.exists():
     raise InputError(
       f"there is no {file}, which says what run this is; give the workdir of a "
       "run that has started"
     )
   try:
-    return json.loads(file.read_text())["config"]
+    values = json.loads(file.read_text())
+    return Manifest(kind=values["kind"], config=values["config"])
   except (ValueError, KeyError, TypeError) as error:
     raise InputError(
       f"{file} is damaged ({error!r}); delete it if the checkpoints beside it "

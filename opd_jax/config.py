@@ -510,6 +510,27 @@ class RunConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SftDataConfig:
+  """What is learned.
+
+  Attributes:
+    sources: by a name of your own; several are mixed by their weights. An
+      example longer than a packed row is dropped.
+    shuffle: a new order each epoch, from the run's seed.
+  """
+
+  sources: Mapping[str, SourceConfig]
+  shuffle: bool = True
+
+  def __post_init__(self):
+    require(
+      len(self.sources) >= 1,
+      "data.sources must name at least one source, such as "
+      '{"mine": {"path": "examples.jsonl"}}',
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PackedBatchConfig:
   """How many packed rows a supervised step holds.
 
@@ -573,7 +594,7 @@ class SftConfig:
   """
 
   student: SftStudentSource
-  data: DataConfig
+  data: SftDataConfig
   batch: PackedBatchConfig = PackedBatchConfig()
   optimizer: OptimizerConfig = OptimizerConfig()
   mesh: MeshConfig = MeshConfig()

@@ -82,3 +82,17 @@ def step(
     return forward(config, rows * length, length / 2, drawn)
 
   return prefill + decode + 3 * score(student) + sum(map(score, frozen))
+
+
+def supervised(
+  student: ModelConfig, *, tokens: float, context: float, learned: float
+) -> float:
+  """Operations of one supervised step on real (not padded) tokens.
+
+  Args:
+    student: that is trained.
+    tokens: in all rows.
+    context: tokens each of them attends to, on average.
+    learned: tokens that carry loss.
+  """
+  return 3 * forward(student, tokens, context, learned)

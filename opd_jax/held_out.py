@@ -1,6 +1,7 @@
 """The held-out loss: how well a model predicts texts it was not trained on."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -90,6 +91,27 @@ def read(
     tokens=tokens.reshape(count, config.batch, width),
     lengths=lengths.reshape(count, config.batch),
   )
+
+
+class HeldOutLoss:
+  """The held-out loss as a measurement of a run; see `loop.Measurement`.
+
+  Attributes:
+    every: steps between two.
+  """
+
+  def __init__(self, texts: HeldOut, model: Model, every: int):
+    """Places and compiles nothing before the first call."""
+    self.every = every
+    self._place = functools.cache(lambda: texts.place(model.layout))
+    self._loss = jax.jit(
+      lambda params, tokens, lengths: loss(model, params, tokens, lengths),
+      out_shardings=model.layout.replicated(),
+    )
+
+  def __call__(self, params: Params) -> dict[str, float]:
+    """Nats per token by the name of the metric."""
+    return {"held_out/loss": float(self._loss(params, *self._place()))}
 
 
 def loss(

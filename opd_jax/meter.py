@@ -5,22 +5,40 @@ is closed, and the time is that of all its steps together.
 """
 
 import contextlib
+import dataclasses
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import numpy as np
 
 from opd_jax import flops
 from opd_jax.metrics import check_finite
-from opd_jax.setup import Setup
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Work:
+  """What a step did.
+
+  Attributes:
+    tokens: that it made, or learned from.
+    operations: floating-point operations on real (not padded) tokens.
+  """
+
+  tokens: float
+  operations: float
 
 
 class Meter:
   """Metrics and seconds since the last record; the device runs ahead."""
 
-  def __init__(self, setup: Setup):
-    self._setup = setup
+  def __init__(self, work: Callable[[Mapping[str, float]], Work]):
+    """Starts the clock.
+
+    Args:
+      work: of a step, from the means of its metrics.
+    """
+    self._work = work
     self._metrics: list[Mapping[str, jax.Array]] = []
     self._began = time.monotonic()
     self.split: Mapping[str, float] = {}
@@ -65,35 +83,26 @@ class Meter:
       for name in fetched[0]
     }
     record["time/step"] = seconds
-    record["train/tokens_per_second"] = record["rollout/tokens"] / seconds
+    work = self._work(record)
+    record["train/tokens_per_second"] = work.tokens / seconds
     if self.split:
       record |= self.split
       rest = seconds - sum(self.split.values())
       record["time/update"] = max(rest, 0.0)
-    record |= self._utilisation(record, seconds)
+    record |= _utilisation(work.operations / seconds / jax.device_count())
     self._metrics = []
     self._began = time.monotonic()
     return record
 
-  def _utilisation(
-    self, record: Mapping[str, float], seconds: float
-  ) -> dict[str, float]:
-    batch = self._setup.config.batch
-    operations = flops.step(
-      self._setup.student,
-      (self._setup.teacher,),
-      prompts=batch.prompts,
-      rows=batch.prompts * batch.rollouts,
-      prompt_length=record["rollout/prompt_length_mean"],
-      completion_length=record["rollout/length_mean"],
-    )
-    rate = operations / seconds / jax.device_count()
-    found = {"train/tflops_per_device": rate / 1e12}
-    device = jax.local_devices()[0]
-    peak = flops.peak(device.device_kind)
-    if peak is not None:
-      found["train/mfu"] = rate / peak
-    memory = device.memory_stats() or {}
-    if "peak_bytes_in_use" in memory:
-      found["memory/peak_gib"] = memory["peak_bytes_in_use"] / 2**30
-    return found
+
+def _utilisation(rate: float) -> dict[str, float]:
+  """How busy a device is, from its operations per second, and its memory."""
+  found = {"train/tflops_per_device": rate / 1e12}
+  device = jax.local_devices()[0]
+  peak = flops.peak(device.device_kind)
+  if peak is not None:
+    found["train/mfu"] = rate / peak
+  memory = device.memory_stats() or {}
+  if "peak_bytes_in_use" in memory:
+    found["memory/peak_gib"] = memory["peak_bytes_in_use"] / 2**30
+  return found

@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 import jax
 
-from opd_jax.step import Frozen, Metrics, Step
+from opd_jax.step import Step
 from opd_jax.types import Rollout, StepInputs, TrainState
+from opd_jax.update import Frozen, Metrics
 
 
 def shape_of(tree: Any) -> Any:
@@ -22,6 +23,11 @@ def shape_of(tree: Any) -> Any:
     ),
     tree,
   )
+
+
+def compiled(function: Callable, arguments: Any, **options: Any) -> Any:
+  """A function compiled for arguments of these shapes and places, no other."""
+  return jax.jit(function, **options).lower(*shape_of(arguments)).compile()
 
 
 class Programs:
@@ -125,8 +131,7 @@ class Programs:
     if name in self.compiled:
       return
     start = time.monotonic()
-    jitted = jax.jit(function, **options)
-    self.compiled[name] = jitted.lower(*shape_of(arguments)).compile()
+    self.compiled[name] = compiled(function, arguments, **options)
     self.compile_seconds += time.monotonic() - start
 
 

@@ -4,16 +4,16 @@ from pathlib import Path
 
 import jax
 
-from opd_jax import objectives, optim
+from opd_jax import objectives, optim, sft
 from opd_jax.checkpoint import Checkpoints
-from opd_jax.config import RunConfig
+from opd_jax.config import RunConfig, SftConfig
 from opd_jax.errors import InputError
 from opd_jax.export import check_free, export
+from opd_jax.loop import CHECKPOINT_FOLDER
 from opd_jax.models import Model, hf
 from opd_jax.parsing import parse
 from opd_jax.sharding import TRAIN_RULES, Layout, make_mesh
-from opd_jax.step import abstract_state
-from opd_jax.train import CHECKPOINT_FOLDER
+from opd_jax.update import abstract_state
 
 
 def export_run(
@@ -31,7 +31,7 @@ def export_run(
   Args:
     workdir: of the run.
     out: folder to write.
-    step: "latest", "best" (by held-out loss) or a number.
+    step: "latest", "best" (by accuracy or held-out loss) or a number.
     dtype: of the written weights.
 
   Returns:
@@ -42,7 +42,13 @@ def export_run(
   """
   check_free(out)
   checkpoints = Checkpoints(Path(workdir) / CHECKPOINT_FOLDER, None)
-  config = parse(RunConfig, checkpoints.read_manifest())
+  manifest = checkpoints.read_manifest()
+  if manifest.kind == "sft":
+    config = parse(SftConfig, manifest.config)
+    objective = sft.OBJECTIVE
+  else:
+    config = parse(RunConfig, manifest.config)
+    objective = objectives.create(config.objective)
   number = _step_number(checkpoints, step)
   mesh = make_mesh({}, jax.devices("cpu")[:1])
   student = Model(
@@ -53,7 +59,7 @@ def export_run(
     abstract_state(
       student,
       optim.build(config.optimizer, config.steps),
-      objectives.create(config.objective),
+      objective,
     ),
   )
   checkpoints.close()
@@ -68,8 +74,9 @@ def _step_number(checkpoints: Checkpoints, step: str) -> int | None:
     best = checkpoints.best()
     if best is None:
       raise InputError(
-        "no checkpoint of this run has a held-out loss, so none is the best; "
-        "set held_out.path in its config, or export --step=latest"
+        "no checkpoint of this run has an accuracy or a held-out loss, so none "
+        "is the best; set eval.source or held_out.path in its config, or "
+        "export --step=latest"
       )
     return best
   if not step.isdecimal():

@@ -117,8 +117,13 @@ class Scorer:
       if batch.privileged is None:
         raise ValueError("this batch has no privileged prompts")
       prompts = batch.privileged
-    tokens, positions = sequences.join(prompts, batch.tokens, batch.lengths)
-    states = self.model(role).hidden(params, tokens, positions)
+    if batch.packing is None:
+      tokens, positions = sequences.join(prompts, batch.tokens, batch.lengths)
+      segments = None
+    else:
+      tokens = jnp.concatenate([prompts.tokens, batch.tokens], axis=1)
+      positions, segments = batch.packing.positions, batch.packing.segments
+    states = self.model(role).hidden(params, tokens, positions, segments)
     first = prompts.tokens.shape[1] - 1
     states = states[:, first : first + batch.tokens.shape[1]]
     return jnp.where(batch.loss_mask[:, :, None], states, 0)

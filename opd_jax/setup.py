@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from opd_jax import held_out as held_out_lib
 from opd_jax import objectives, optim, sampling, tokenizer
-from opd_jax.config import RunConfig
+from opd_jax.config import HeldOutConfig, RunConfig
 from opd_jax.data.prompts import Prompts
 from opd_jax.errors import InputError
 from opd_jax.held_out import HeldOut
@@ -87,19 +87,6 @@ def prepare(config: RunConfig) -> Setup:
     batch_size=config.batch.prompts,
     vocab_size=vocab_size,
   )
-  held_out = None
-  if config.held_out.path is not None:
-    student = models["student"]
-    held_out = held_out_lib.read(
-      config.held_out, student_tokenizer.encode, student.vocab_size
-    )
-    longest = held_out.tokens.shape[-1]
-    if longest > student.max_positions:
-      raise InputError(
-        f"a text of {config.held_out.path} has {longest} tokens, more than the "
-        f"student's window of {student.max_positions} positions "
-        f"({config.student.path}); set held_out.max_tokens to at most that"
-      )
   return Setup(
     config=config,
     student=models["student"],
@@ -109,9 +96,32 @@ def prepare(config: RunConfig) -> Setup:
     vocab_size=vocab_size,
     stop_ids=stop_ids,
     prompts=prompts,
-    held_out=held_out,
+    held_out=read_held_out(
+      config.held_out, models["student"], student_tokenizer
+    ),
     objective=objective,
   )
+
+
+def read_held_out(
+  config: HeldOutConfig, student: ModelConfig, tokenizer: Tokenizer
+) -> HeldOut | None:
+  """The texts of the held-out loss, or None if there is none.
+
+  Raises:
+    InputError: see `held_out.read`; also a text longer than the window.
+  """
+  if config.path is None:
+    return None
+  texts = held_out_lib.read(config, tokenizer.encode, student.vocab_size)
+  longest = texts.tokens.shape[-1]
+  if longest > student.max_positions:
+    raise InputError(
+      f"a text of {config.path} has {longest} tokens, more than the student's "
+      f"window of {student.max_positions} positions ({tokenizer.path}); set "
+      "held_out.max_tokens to at most that"
+    )
+  return texts
 
 
 def make_step(setup: Setup, mesh: Mesh | None = None) -> Step:

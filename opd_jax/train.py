@@ -1,30 +1,22 @@
-"""The training loop: check, place, compile, step, tell, save, export."""
+"""On-policy distillation: what a run is made of, and where its loop starts."""
 
-import contextlib
-import dataclasses
-import json
-import shutil
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import rich.console
-from jax.experimental import multihost_utils
 
-from opd_jax import held_out as held_out_lib
+from opd_jax import flops, loop
 from opd_jax import setup as setup_lib
-from opd_jax.checkpoint import BEST_METRIC, Checkpoints
 from opd_jax.config import RunConfig
 from opd_jax.data.prompts import Batch
-from opd_jax.export import export
-from opd_jax.meter import Meter
-from opd_jax.metrics import Progress, Writer
-from opd_jax.models import hf
+from opd_jax.held_out import HeldOutLoss
+from opd_jax.loop import Summary
+from opd_jax.meter import Work
+from opd_jax.models import Model, hf
 from opd_jax.programs import Programs
 from opd_jax.setup import Setup
 from opd_jax.sharding import Layout
@@ -37,32 +29,7 @@ from opd_jax.types import (
   StepInputs,
   TrainState,
 )
-
-EXPORT_FOLDER = "export"
-CHECKPOINT_FOLDER = "checkpoints"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Summary:
-  """What a run ends with; also `summary.json` in its folder.
-
-  Attributes:
-    step: updates done.
-    finished: whether that is all of them; false after SIGTERM.
-    loss_before: held-out loss of the student as it came, nats per token.
-    loss_after: held-out loss at the end.
-    seconds: of this process, compilation included.
-    compile_seconds: of them.
-    export: folder of the Hugging Face checkpoint.
-  """
-
-  step: int
-  finished: bool
-  loss_before: float | None
-  loss_after: float | None
-  seconds: float
-  compile_seconds: float
-  export: str | None
+from opd_jax.update import Metrics
 
 
 def train(config: RunConfig, workdir: str | Path) -> Summary:
@@ -73,148 +40,110 @@ def train(config: RunConfig, workdir: str | Path) -> Summary:
 
   Args:
     config: the experiment.
-    workdir: gets `metrics.jsonl`, `samples.jsonl`, `tensorboard/`,
-      `checkpoints/`, `summary.json` and `export/`.
+    workdir: see `loop.run`.
 
   Raises:
     InputError: bad input; nothing was placed on a device.
     FloatingPointError: a metric is not finite.
   """
   began = time.monotonic()
-  workdir = Path(workdir)
-  first_process = jax.process_index() == 0
-  tell = rich.console.Console(
-    stderr=True, highlight=False, soft_wrap=True, quiet=not first_process
-  )
-
-  # --- Check everything on the host. ---
   setup = setup_lib.prepare(config)
   step = setup_lib.make_step(setup)
-  with contextlib.ExitStack() as stack:
-    checkpoints = Checkpoints(workdir / CHECKPOINT_FOLDER, config.checkpoint)
-    stack.callback(checkpoints.close)
-    checkpoints.save_manifest(dataclasses.asdict(config))
-    for line in describe(setup, step):
-      tell.print(line)
-
-    # --- Weights, straight into their places. ---
-    losses: dict[str, float | None] = {"before": None, "after": None}
-    saved_step = checkpoints.latest()
-    if saved_step is None:
-      state = _initial_state(step, config.student.path)
-    else:
-      state, saved = checkpoints.restore(saved_step, step.abstract_state())
-      setup.prompts.set_state(saved["prompts"])
-      losses = saved["losses"]
-      tell.print(f"resuming after step {saved_step}")
-    done = saved_step or 0
-    programs = Programs(step, config.mode)
-
-    if done < config.steps:
-      teacher = step.scorer.model("teacher")
-      frozen = {
-        "teacher": hf.load(config.teacher.path, teacher, teacher.compute_dtype)
-      }
-
-      # --- Programs, before the first step. ---
-      tell.print("compiling the step ...")
-      layout = step.scorer.student.layout
-      programs.compile(state, frozen, _abstract_inputs(config, layout))
-      tell.print(f"compiled in {programs.compile_seconds:.1f} s")
-      held_out_loss = _held_out_loss(setup, step, state.params)
-
-      # --- The loop. ---
-      writer = Writer(workdir, saved_step) if first_process else None
-      progress = Progress(config.steps, start=done) if first_process else None
-      for closing in (writer, progress):
-        if closing is not None:
-          stack.callback(closing.close)
-      meter = Meter(setup)
-
-      def record(values: Mapping[str, float]) -> None:
-        if writer is not None and progress is not None:
-          writer.metrics(done, values)
-          progress.update(done, values)
-
-      def evaluate_held_out() -> dict[str, float]:
-        if held_out_loss is None:
-          return {}
-        with meter.paused():
-          losses["after"] = held_out_loss(state.params)
-          if done == 0:
-            losses["before"] = losses["after"]
-          values = {BEST_METRIC: losses["after"]}
-          record(values)
-        return values
-
-      def save(values: Mapping[str, float]) -> None:
-        if meter.steps:
-          record(meter.close(done))
-        with meter.paused():
-          position = {"prompts": setup.prompts.get_state(), "losses": losses}
-          checkpoints.save(done, state, position, values)
-
-      if done == 0:
-        evaluate_held_out()
-      terminated = stack.enter_context(_terminated())
-      profiler = stack.enter_context(
-        _Profiler(config.log.profile_steps, workdir / "profile")
-      )
-      while done < config.steps and not terminated(done):
-        inputs = place_inputs(next(setup.prompts), layout)
-        if _due(config.log.time_split_every, done):
-          with meter.paused():
-            meter.split = programs.time_split(state, frozen, inputs)
-        profiler.before(done, state)
-        state, metrics, rollout = programs(state, frozen, inputs)
-        done += 1
-        meter.add(metrics)
-
-        last = done == config.steps
-        if last or _due(config.log.every, done):
-          record(meter.close(done))
-        if writer is not None and (last or _due(config.log.sample_every, done)):
-          with meter.paused():
-            writer.samples(done, _samples(setup, rollout))
-        saving = last or _due(config.checkpoint.every, done)
-        measured = {}
-        if saving or _due(config.held_out.every, done):
-          measured = evaluate_held_out()
-        if saving:
-          save(measured)
-          saved_step = done
-      if saved_step != done:
-        save({})
-
-    # --- What the user takes away. ---
-    checkpoints.wait()
-    finished = done == config.steps
-    folder = workdir / EXPORT_FOLDER
-    if finished:
-      if first_process:
-        shutil.rmtree(folder, ignore_errors=True)
-      export(state.params, step.scorer.student, config.student.path, folder)
-  summary = Summary(
-    step=done,
-    finished=finished,
-    loss_before=losses["before"],
-    loss_after=losses["after"],
-    seconds=time.monotonic() - began,
-    compile_seconds=programs.compile_seconds,
-    export=str(folder) if finished else None,
+  measurements = []
+  if setup.held_out is not None:
+    measurements.append(
+      HeldOutLoss(setup.held_out, step.scorer.student, config.held_out.every)
+    )
+  return loop.run(
+    Distillation(setup, step),
+    setup.prompts,
+    workdir,
+    measurements=measurements,
+    began=began,
   )
-  if first_process:
-    text = json.dumps(dataclasses.asdict(summary), indent=2)
-    (workdir / "summary.json").write_text(text + "\n")
-  return summary
+
+
+class Distillation:
+  """The task of `train`; see `loop.Task`.
+
+  Attributes:
+    kind: names the command.
+    config: of the run.
+    student: in the training layout.
+  """
+
+  kind = "train"
+
+  def __init__(self, setup: Setup, step: Step):
+    """Places nothing yet."""
+    self._setup = setup
+    self._step = step
+    self._programs = Programs(step, setup.config.mode)
+    self._frozen: dict[str, Params] = {}
+    self.config = setup.config
+    self.student: Model = step.scorer.student
+
+  @property
+  def compile_seconds(self) -> float:
+    """Spent compiling so far."""
+    return self._programs.compile_seconds
+
+  def describe(self) -> Iterator[str]:
+    """What a run is about to do, in a few lines."""
+    return describe(self._setup, self._step)
+
+  def abstract_state(self) -> TrainState:
+    """Shapes and places of the state."""
+    return self._step.abstract_state()
+
+  def initial_state(self) -> TrainState:
+    """The checkpoint's weights with fresh optimizer state, in their places."""
+    params = hf.load(self.config.student.path, self.student, "float32")
+    return self._step.place_state(params)
+
+  def compile(self, state: TrainState) -> None:
+    """Loads the teacher and compiles the step."""
+    teacher = self._step.scorer.model("teacher")
+    self._frozen["teacher"] = hf.load(
+      self.config.teacher.path, teacher, teacher.compute_dtype
+    )
+    inputs = _abstract_inputs(self.config, self.student.layout)
+    self._programs.compile(state, self._frozen, inputs)
+
+  def step(
+    self, state: TrainState, batch: Batch
+  ) -> tuple[TrainState, Metrics, Rollout]:
+    """Rollout, scoring and update on a batch of prompts."""
+    inputs = place_inputs(batch, self.student.layout)
+    return self._programs(state, self._frozen, inputs)
+
+  def samples(self, shown: Rollout) -> Sequence[Mapping[str, Any]]:
+    """The first completions of the batch as text."""
+    return _samples(self._setup, shown)
+
+  def time_split(self, state: TrainState, batch: Batch) -> dict[str, float]:
+    """Seconds of sampling and of teacher scoring, each run by itself."""
+    inputs = place_inputs(batch, self.student.layout)
+    return self._programs.time_split(state, self._frozen, inputs)
+
+  def work(self, record: Mapping[str, float]) -> Work:
+    """Tokens drawn, and the operations of all models."""
+    batch = self.config.batch
+    operations = flops.step(
+      self._setup.student,
+      (self._setup.teacher,),
+      prompts=batch.prompts,
+      rows=batch.prompts * batch.rollouts,
+      prompt_length=record["rollout/prompt_length_mean"],
+      completion_length=record["rollout/length_mean"],
+    )
+    return Work(tokens=record["rollout/tokens"], operations=operations)
 
 
 def describe(setup: Setup, step: Step) -> Iterator[str]:
   """What a run is about to do, in a few lines."""
   config = setup.config
   report = setup.prompts.report
-  mesh = step.scorer.student.layout.mesh
-  sizes = [f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1]
   yield (
     f"student {config.student.path} ({hf.parameter_count(setup.student):,} "
     f"parameters), teacher {config.teacher.path} "
@@ -252,10 +181,7 @@ def describe(setup: Setup, step: Step) -> Iterator[str]:
     f"most {config.sampling.max_new_tokens} new tokens, stop ids "
     f"{list(setup.stop_ids)}"
   )
-  yield (
-    f"devices: {mesh.size} x {jax.devices()[0].device_kind}"
-    f"{': ' + ' x '.join(sizes) if sizes else ''}, {config.mode} step"
-  )
+  yield f"{loop.devices(step.scorer.student)}, {config.mode} step"
 
 
 def place_inputs(batch: Batch, layout: Layout) -> StepInputs:
@@ -274,14 +200,6 @@ def place_inputs(batch: Batch, layout: Layout) -> StepInputs:
   )
 
 
-def _initial_state(step: Step, path: str) -> TrainState:
-  """The checkpoint's weights with fresh optimizer state, in their places."""
-  params = hf.load(path, step.scorer.student, "float32")
-  places = jax.tree.map(lambda leaf: leaf.sharding, step.abstract_state())
-  init = jax.jit(step.init_state, donate_argnums=0, out_shardings=places)
-  return init(params)
-
-
 def _abstract_inputs(config: RunConfig, layout: Layout) -> StepInputs:
   rows, window = config.batch.prompts, config.data.max_prompt_tokens
 
@@ -294,27 +212,6 @@ def _abstract_inputs(config: RunConfig, layout: Layout) -> StepInputs:
   return StepInputs(
     prompts=PromptBatch(tokens=struct((rows, window)), lengths=struct((rows,)))
   )
-
-
-def _held_out_loss(
-  setup: Setup, step: Step, params: Params
-) -> Callable[[Params], float] | None:
-  """The compiled evaluation, or None if the config has none."""
-  if setup.held_out is None:
-    return None
-  model = step.scorer.student
-  texts = setup.held_out.place(model.layout)
-  compiled = (
-    jax.jit(
-      lambda params, tokens, lengths: held_out_lib.loss(
-        model, params, tokens, lengths
-      ),
-      out_shardings=model.layout.replicated(),
-    )
-    .lower(params, *texts)
-    .compile()
-  )
-  return lambda params: float(compiled(params, *texts))
 
 
 def _samples(setup: Setup, rollout: Rollout) -> Sequence[Mapping[str, Any]]:
@@ -335,58 +232,3 @@ def _samples(setup: Setup, rollout: Rollout) -> Sequence[Mapping[str, Any]]:
       }
     )
   return samples
-
-
-def _due(every: int | None, done: int) -> bool:
-  return every is not None and done % every == 0
-
-
-class _Profiler(contextlib.AbstractContextManager):
-  """Traces the steps first .. last into a folder, if there are any to trace."""
-
-  def __init__(self, steps: tuple[int, ...] | None, folder: Path):
-    self._steps = steps
-    self._folder = folder
-    self._running = False
-
-  def before(self, step: int, state: TrainState) -> None:
-    """Starts or ends the trace between the step before and this one."""
-    if self._steps is None or step not in (self._steps[0], self._steps[1] + 1):
-      return
-    jax.block_until_ready(state)
-    if step == self._steps[0]:
-      jax.profiler.start_trace(str(self._folder))
-      self._running = True
-    else:
-      self._stop()
-
-  def _stop(self) -> None:
-    if self._running:
-      jax.profiler.stop_trace()
-      self._running = False
-
-  def __exit__(self, *error: object) -> None:
-    self._stop()
-
-
-@contextlib.contextmanager
-def _terminated() -> Iterator[Callable[[int], bool]]:
-  """Tells, by step, whether the run should stop because SIGTERM came.
-
-  With one process a second SIGTERM ends it at once. Several processes agree on
-  the step, whichever of them the signal reached.
-  """
-  if jax.process_count() > 1:
-    yield multihost_utils.reached_preemption_sync_point
-    return
-  seen = []
-
-  def note(signum: int, frame: Any) -> None:
-    seen.append(signum)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-  before = signal.signal(signal.SIGTERM, note)
-  try:
-    yield lambda step: bool(seen)
-  finally:
-    signal.signal(signal.SIGTERM, before)

@@ -76,6 +76,37 @@ class Rollout:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Packing:
+  """Where the examples of packed rows lie; a slot sees its own example only.
+
+  Attributes:
+    positions: 0, 1, ... from the first id of each example; -1 in empty slots.
+    segments: which example of its row a slot belongs to.
+  """
+
+  positions: Int[Array, "B S"]
+  segments: Int[Array, "B S"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PackedRows:
+  """Examples packed whole into rows, which do not see each other.
+
+  Attributes:
+    tokens: ids; 0 in empty slots.
+    packing: where the examples lie.
+    learned: ids that carry loss; never the first of an example, which nothing
+      predicts.
+  """
+
+  tokens: Int[Array, "B S"]
+  packing: Packing
+  learned: Bool[Array, "B S"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ScoringBatch:
   """Rows to be scored.
 
@@ -89,6 +120,9 @@ class ScoringBatch:
     behavior_valid: `behavior_logprobs` exists for this token.
     behavior_logprobs: nats, under the distribution that drew the token.
     group: the prompt's index in the global batch.
+    packing: of rows that hold several examples each: then prompt and
+      completion are one run of slots, cut behind the first; None for rows of
+      one prompt and one completion.
   """
 
   prompts: PromptBatch
@@ -100,6 +134,7 @@ class ScoringBatch:
   behavior_valid: Bool[Array, "B T"]
   behavior_logprobs: Float[Array, "B T"]
   group: Int[Array, " B"]
+  packing: Packing | None = None
 
 
 @jax.tree_util.register_dataclass

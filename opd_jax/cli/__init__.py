@@ -17,6 +17,8 @@ USAGE = """usage: opd-jax COMMAND [--flag=value ...]
 
   train     --config=FILE.py[:ARG] --workdir=DIR [--config.KEY=VALUE ...]
             distil a student; run again to resume
+  sft       --config=FILE.py[:ARG] --workdir=DIR [--config.KEY=VALUE ...]
+            fine-tune on given completions; run again to resume
   generate  --model=DIR --prompt=TEXT [--prompt=TEXT ...]
             complete prompts
   export    --workdir=DIR --out=DIR [--step=latest|best|N]
@@ -25,7 +27,7 @@ USAGE = """usage: opd-jax COMMAND [--flag=value ...]
 opd-jax COMMAND --help lists the flags of a command.
 """
 
-COMMANDS = ("train", "generate", "export")
+COMMANDS = ("train", "sft", "generate", "export")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -28,7 +28,8 @@ class Model:
 
   A token in slot s of a row attends to a slot of the same row iff that slot's
   position is >= 0 and <= its own. Position -1 marks an empty slot: nothing
-  sees it, and what comes out of it is finite and means nothing.
+  sees it, and what comes out of it is finite and means nothing. In a row of
+  several segments a token sees the slots of its own segment only.
 
   Attributes:
     config: sizes and variants.
@@ -89,9 +90,21 @@ class Model:
     params: Params,
     tokens: Int[Array, "B S"],
     positions: Int[Array, "B S"],
+    segments: Int[Array, "B S"] | None = None,
   ) -> Float[Array, "B S D"]:
-    """Hidden states behind the final norm, in the compute dtype."""
-    x, _ = self._forward(params, tokens, positions, keep_cache=False)
+    """Hidden states behind the final norm, in the compute dtype.
+
+    Args:
+      params: weights.
+      tokens: ids.
+      positions: of the ids; -1 in empty slots.
+      segments: which of several texts in its row a slot belongs to; None for
+        one text a row.
+    """
+    visible = _visible(positions, positions)
+    if segments is not None:
+      visible &= segments[:, :, None] == segments[:, None, :]
+    x, _ = self._forward(params, tokens, positions, visible, keep_cache=False)
     return self._rows(self._part(params, "final_norm")(x))
 
   def logits(
@@ -151,7 +164,8 @@ class Model:
       The hidden state of slot P - 1 behind the final norm, and the cache with
       its first P slots written.
     """
-    x, (keys, values) = self._forward(params, tokens, positions, True)
+    visible = _visible(positions, positions)
+    x, (keys, values) = self._forward(params, tokens, positions, visible, True)
     free = slots - tokens.shape[1]
     padding = ((0, 0), (0, 0), (0, 0), (0, free), (0, 0))
     cache = KVCache(
@@ -225,11 +239,11 @@ class Model:
     params: Params,
     tokens: Int[Array, "B S"],
     positions: Int[Array, "B S"],
+    visible: Bool[Array, "B S S"],
     keep_cache: bool,
   ) -> tuple[Float[Array, "B S D"], Any]:
     """Hidden states before the final norm, and all layers' keys and values."""
     config = self.config
-    visible = _visible(positions, positions)
     turn = rope.angles(config.rope, config.head_size, positions)
 
     def step(x, weights):

@@ -27,6 +27,8 @@ def create(options: Mapping[str, Any]) -> Objective:
   if name not in OBJECTIVES:
     near = difflib.get_close_matches(str(name), OBJECTIVES, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
+    if name == "sft":
+      hint = " Supervised fine-tuning is a command of its own: opd-jax sft."
     raise InputError(
       f"unknown objective {name!r}; known: {', '.join(sorted(OBJECTIVES))}."
       f"{hint}"

@@ -1,0 +1,87 @@
+"""What the commands that train have in common."""
+
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from opd_jax.cli.flags import check_folder, new, parse
+
+
+def run(
+  command: str,
+  arguments: Sequence[str],
+  config_class: type,
+  start: Callable[[Any, str], Any],
+) -> int:
+  """Runs an experiment from its config file; returns the exit status.
+
+  Args:
+    command: its name.
+    arguments: of the command line.
+    config_class: of its config.
+    start: of the config and the workdir; returns a `loop.Summary`.
+  """
+  from absl import flags
+
+  values = new()
+  options: dict[str, Any] = {"flag_values": values}
+  flags.DEFINE_string(
+    "config",
+    None,
+    "experiment: FILE.py, or FILE.py:ARG for get_config(ARG); "
+    "--config.KEY=VALUE sets one of its keys, such as "
+    "--config.optimizer.learning_rate=1e-5",
+    **options,
+  )
+  flags.DEFINE_string(
+    "workdir",
+    None,
+    "folder of the run; a run begun there is resumed",
+    **options,
+  )
+  flags.DEFINE_boolean(
+    "distributed",
+    False,
+    "this is one process of many: find the others with jax.distributed",
+    **options,
+  )
+  overrides = [a for a in arguments if a.startswith("--config.")]
+  others = [a for a in arguments if a not in overrides]
+  if not parse(values, command, others, required=("config", "workdir")):
+    return 0
+  check_folder("--workdir", values.workdir)
+  from opd_jax import parsing
+
+  config = parsing.load(
+    config_class,
+    values.config,
+    [override.removeprefix("--config.") for override in overrides],
+  )
+  import jax
+
+  if values.distributed:
+    jax.distributed.initialize()
+  summary = start(config, values.workdir)
+  if jax.process_index() == 0:
+    _report(summary, config.steps)
+  return 0 if summary.finished else 128 + signal.SIGTERM
+
+
+def _report(summary: Any, steps: int) -> None:
+  if not summary.finished:
+    print(
+      f"stopped after step {summary.step} of {steps}; the same command resumes",
+      file=sys.stderr,
+    )
+    return
+  if summary.loss_before is not None:
+    print(
+      f"held-out loss {summary.loss_before:.4f} -> {summary.loss_after:.4f} "
+      "nats per token"
+    )
+  print(
+    f"{summary.step} steps in {summary.seconds:.0f} s, "
+    f"{summary.compile_seconds:.0f} s of them compiling"
+  )
+  print(f"Hugging Face checkpoint: {summary.export}")

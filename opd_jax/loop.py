@@ -1,0 +1,207 @@
+"""The loop of a run, whatever it trains on: resume, step, tell, save, export.
+
+What `train` and `sft` differ in is a `task.Task`; see there.
+"""
+
+import contextlib
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax
+import rich.console
+
+from opd_jax.checkpoint import Checkpoints
+from opd_jax.export import export
+from opd_jax.interrupts import Profiler, terminated
+from opd_jax.meter import Meter
+from opd_jax.metrics import Progress, Writer
+from opd_jax.models import Model
+from opd_jax.task import Data, Measurement, Task
+
+EXPORT_FOLDER = "export"
+CHECKPOINT_FOLDER = "checkpoints"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Summary:
+  """What a run ends with; also `summary.json` in its folder.
+
+  Attributes:
+    step: updates done.
+    finished: whether that is all of them; false after SIGTERM.
+    loss_before: held-out loss of the student as it came, nats per token.
+    loss_after: held-out loss at the end.
+    before: everything measured of the student as it came, by metric.
+    after: the same at the end.
+    seconds: of this process, compilation included.
+    compile_seconds: of them.
+    export: folder of the Hugging Face checkpoint.
+  """
+
+  step: int
+  finished: bool
+  loss_before: float | None
+  loss_after: float | None
+  before: Mapping[str, float]
+  after: Mapping[str, float]
+  seconds: float
+  compile_seconds: float
+  export: str | None
+
+
+def run(
+  task: Task,
+  data: Data,
+  workdir: str | Path,
+  *,
+  measurements: Sequence[Measurement] = (),
+  began: float,
+) -> Summary:
+  """Runs what is left of a run in its folder.
+
+  Args:
+    task: what is trained.
+    data: on what.
+    workdir: gets `metrics.jsonl`, `samples.jsonl`, `tensorboard/`,
+      `checkpoints/`, `summary.json` and `export/`.
+    measurements: of the weights.
+    began: `time.monotonic()` when the run began.
+
+  Raises:
+    InputError: the folder is of another run; nothing was placed on a device.
+    FloatingPointError: a metric is not finite.
+  """
+  config, workdir = task.config, Path(workdir)
+  first_process = jax.process_index() == 0
+  tell = rich.console.Console(
+    stderr=True, highlight=False, soft_wrap=True, quiet=not first_process
+  )
+  with contextlib.ExitStack() as stack:
+    checkpoints = Checkpoints(workdir / CHECKPOINT_FOLDER, config.checkpoint)
+    stack.callback(checkpoints.close)
+    checkpoints.save_manifest(task.kind, dataclasses.asdict(config))
+    for line in task.describe():
+      tell.print(line)
+
+    # --- Weights, straight into their places. ---
+    measured: dict[str, dict[str, float]] = {"before": {}, "after": {}}
+    saved_step = checkpoints.latest()
+    if saved_step is None:
+      state = task.initial_state()
+    else:
+      state, saved = checkpoints.restore(saved_step, task.abstract_state())
+      data.set_state(saved["data"])
+      measured = saved["measured"]
+      tell.print(f"resuming after step {saved_step}")
+    done = saved_step or 0
+
+    if done < config.steps:
+      # --- Programs, before the first step. ---
+      tell.print("compiling the step ...")
+      task.compile(state)
+      tell.print(f"compiled in {task.compile_seconds:.1f} s")
+
+      # --- The loop. ---
+      writer = Writer(workdir, saved_step) if first_process else None
+      progress = Progress(config.steps, start=done) if first_process else None
+      for closing in (writer, progress):
+        if closing is not None:
+          stack.callback(closing.close)
+      meter = Meter(task.work)
+
+      def record(values: Mapping[str, float]) -> None:
+        if writer is not None and progress is not None:
+          writer.metrics(done, values)
+          progress.update(done, values)
+
+      def measure(everything: bool) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for measurement in measurements:
+          if everything or _due(measurement.every, done):
+            with meter.paused():
+              values = measurement(state.params)
+              record(values)
+            found |= values
+        measured["after"] |= found
+        if done == 0:
+          measured["before"] |= found
+        return found
+
+      def save(values: Mapping[str, float]) -> None:
+        if meter.steps:
+          record(meter.close(done))
+        with meter.paused():
+          place = {"data": data.get_state(), "measured": measured}
+          checkpoints.save(done, state, place, values)
+
+      if done == 0:
+        measure(everything=True)
+      stop = stack.enter_context(terminated())
+      profiler = stack.enter_context(
+        Profiler(config.log.profile_steps, workdir / "profile")
+      )
+      while done < config.steps and not stop(done):
+        batch = next(data)
+        if _due(config.log.time_split_every, done):
+          with meter.paused():
+            meter.split = task.time_split(state, batch)
+        profiler.before(done, state)
+        state, metrics, shown = task.step(state, batch)
+        done += 1
+        meter.add(metrics)
+
+        last = done == config.steps
+        if last or _due(config.log.every, done):
+          record(meter.close(done))
+        if writer is not None and (last or _due(config.log.sample_every, done)):
+          with meter.paused():
+            writer.samples(done, task.samples(shown))
+        saving = last or _due(config.checkpoint.every, done)
+        values = measure(everything=saving)
+        if saving:
+          save(values)
+          saved_step = done
+      if saved_step != done:
+        save({})
+
+    # --- What the user takes away. ---
+    checkpoints.wait()
+    finished = done == config.steps
+    folder = workdir / EXPORT_FOLDER
+    if finished:
+      if first_process:
+        shutil.rmtree(folder, ignore_errors=True)
+      export(state.params, task.student, config.student.path, folder)
+  summary = Summary(
+    step=done,
+    finished=finished,
+    loss_before=measured["before"].get("held_out/loss"),
+    loss_after=measured["after"].get("held_out/loss"),
+    before=measured["before"],
+    after=measured["after"],
+    seconds=time.monotonic() - began,
+    compile_seconds=task.compile_seconds,
+    export=str(folder) if finished else None,
+  )
+  if first_process:
+    text = json.dumps(dataclasses.asdict(summary), indent=2)
+    (workdir / "summary.json").write_text(text + "\n")
+  return summary
+
+
+def devices(student: Model) -> str:
+  """The devices of a run, in words."""
+  mesh = student.layout.mesh
+  sizes = [f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1]
+  return (
+    f"devices: {mesh.size} x {jax.devices()[0].device_kind}"
+    f"{': ' + ' x '.join(sizes) if sizes else ''}"
+  )
+
+
+def _due(every: int | None, done: int) -> bool:
+  return every is not None and done % every == 0
