@@ -134,6 +134,24 @@ def test_keeps_the_newest_and_the_best(opened):
   assert (again.latest(), again.best()) == (7, 7)
 
 
+def test_the_best_is_by_accuracy_where_there_is_one(opened):
+  """Of equal accuracies the newest; a loss alone is below any accuracy."""
+  checkpoints = opened(CheckpointConfig(keep_latest=1))
+  measured = {
+    1: {"eval/accuracy": 0.5, "held_out/loss": 0.1},
+    2: {"eval/accuracy": 0.7, "held_out/loss": 3.0},
+    3: {"eval/accuracy": 0.7, "held_out/loss": 4.0},
+    4: {"held_out/loss": 0.01},
+    5: {"eval/accuracy": 0.6, "held_out/loss": 0.01},
+  }
+  for step, metrics in measured.items():
+    checkpoints.save(step, make_state(), {}, metrics)
+  checkpoints.wait()
+  assert (checkpoints.latest(), checkpoints.best()) == (5, 3)
+  with pytest.raises(InputError, match=r"of step 2 .* there: 3, 5$"):
+    checkpoints.restore(2, abstract(make_state()))
+
+
 def test_without_keep_best_only_the_newest_stay(opened, tmp_path):
   checkpoints = opened(CheckpointConfig(keep_latest=1, keep_best=False))
   for step, loss in ((1, 0.1), (2, 2.0)):
@@ -248,14 +266,16 @@ def changed(**values):
 
 def test_manifest_refuses_another_run_only(opened, tmp_path):
   checkpoints = opened()
-  checkpoints.save_manifest(changed(seed=1))
-  checkpoints.save_manifest(RUN)  # Nothing is saved yet: no harm in changes.
+  checkpoints.save_manifest("train", changed(seed=1))
+  checkpoints.save_manifest(
+    "train", RUN
+  )  # Nothing is saved yet: no harm in changes.
   checkpoints.save(1, make_state(), {})
   checkpoints.wait()
   allowed = changed(
     steps=20, mesh__fsdp=2, batch__micro_batches=2, student__remat="full"
   )
-  opened().save_manifest(allowed)
+  opened().save_manifest("train", allowed)
   manifest = json.loads((tmp_path / "checkpoints/manifest.json").read_text())
   assert manifest["config"]["steps"] == 20
   assert manifest["versions"]["jax"] == jax.__version__
@@ -265,5 +285,7 @@ def test_manifest_refuses_another_run_only(opened, tmp_path):
     r"0\.5 given; student\.path: 'a' saved, 'b' given\. Give",
   ):
     opened().save_manifest(
-      changed(batch__prompts=8, objective__beta=0.5, student__path="b")
+      "train", changed(batch__prompts=8, objective__beta=0.5, student__path="b")
     )
+  with pytest.raises(InputError, match="of opd-jax train, not of sft; use"):
+    opened().save_manifest("sft", RUN)

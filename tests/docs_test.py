@@ -94,7 +94,16 @@ def test_every_metric_is_explained():
   glossary = (REPO / "docs" / "metrics.md").read_text()
   named = {
     node.value
-    for module in ("step", "train", "meter", "programs", "checkpoint")
+    for module in (
+      "update",
+      "step",
+      "train",
+      "sft",
+      "meter",
+      "programs",
+      "checkpoint",
+      "held_out",
+    )
     for node in ast.walk(
       ast.parse((REPO / "opd_jax" / f"{module}.py").read_text())
     )

@@ -18,8 +18,17 @@ PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "opd_jax"
 BASE = {"errors", "types", "config", "parsing", "sharding", "sequences"}
 TEXT = {"tokenizer", "templates", "arith", "data"}
 PARTS = BASE | {"models", "sampling", "objectives"} | TEXT
-CORE = PARTS | {"scoring", "gradient", "optim", "step", "programs", "flops"}
-TOOLS = CORE | {"held_out", "checkpoint", "metrics", "export"}
+CORE = PARTS | {
+  "scoring",
+  "gradient",
+  "optim",
+  "update",
+  "step",
+  "programs",
+  "flops",
+}
+TOOLS = CORE | {"held_out", "checkpoint", "metrics", "export", "meter"}
+RUN = TOOLS | {"setup", "task", "interrupts", "loop"}
 
 # module: what of opd_jax it may import.
 ALLOWED = {
@@ -44,21 +53,34 @@ ALLOWED = {
   "optim": PARTS,
   "flops": {"models"},
   #
-  "step": PARTS | {"scoring", "gradient", "optim"},
-  "programs": {"types", "step"},
+  "update": PARTS | {"scoring", "gradient", "optim"},
+  "step": PARTS | {"scoring", "gradient", "optim", "update"},
+  "programs": {"types", "step", "update"},
   #
   "held_out": CORE,
   "checkpoint": CORE,
   "metrics": CORE,
   "export": CORE | {"checkpoint"},
   #
+  "meter": {"types", "flops", "metrics"},
   "setup": CORE | {"held_out"},
-  "meter": {"types", "flops", "metrics", "setup"},
-  "train": TOOLS | {"setup", "meter"},
+  "interrupts": {"types"},
+  "task": {"config", "types", "models", "update", "meter"},
+  "loop": TOOLS | {"task", "interrupts"},
+  "train": RUN,
+  "sft": RUN,
   "generate": PARTS,
-  "run_export": TOOLS | {"train"},
+  "run_export": RUN | {"sft"},
   #
-  "cli": {"errors", "config", "parsing", "train", "generate", "run_export"},
+  "cli": {
+    "errors",
+    "config",
+    "parsing",
+    "train",
+    "sft",
+    "generate",
+    "run_export",
+  },
 }
 
 # Third-party package: the only modules that may import it.

@@ -87,11 +87,15 @@ class Linear(nnx.Module):
     )
     dims = "abcd"[: len(inputs) + len(outputs)]
     contracted, free = dims[: len(inputs)], dims[len(inputs) :]
-    self.equation = f"...{contracted},{dims}->...{free}"
+    self.equation = f"n{contracted},{dims}->n{free}"
+    self.inputs = len(inputs)
 
   def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
     """The product, in the dtype of x."""
-    y = product(self.equation, x, self.kernel[...].astype(x.dtype))
+    lead = x.shape[: x.ndim - self.inputs]
+    flat = x.reshape(-1, *x.shape[x.ndim - self.inputs :])
+    y = product(self.equation, flat, self.kernel[...].astype(x.dtype))
+    y = y.reshape(*lead, *y.shape[1:])
     if self.bias is None:
       return y
     return y + _broadcast(self.bias[...], y).astype(y.dtype)
