@@ -27,6 +27,7 @@ RUN = CORE | MEASURES | TOOLS | {"task", "interrupts", "loop"}
 ALLOWED = {
   "__init__": set(),
   "errors": set(),
+  "imports": set(),
   "types": {"errors"},
   "config": {"errors", "types"},
   "parsing": {"errors", "config"},
@@ -36,7 +37,7 @@ ALLOWED = {
   "models": BASE,
   "sampling": BASE,
   "objectives": {"errors", "types", "parsing"},
-  "tokenizer": BASE,
+  "tokenizer": BASE | {"imports"},
   "templates": BASE | {"tokenizer"},
   "arith": {"errors", "config", "parsing"},
   "data": BASE | {"tokenizer", "templates", "arith"},
@@ -56,7 +57,7 @@ ALLOWED = {
   #
   "flops": {"models"},
   "checkpoint": CORE,
-  "metrics": CORE,
+  "metrics": CORE | {"imports"},
   "export": CORE | {"checkpoint"},
   "meter": {"types", "flops", "metrics"},
   "summary": set(),

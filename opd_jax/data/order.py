@@ -1,39 +1,42 @@
-"""The order in which examples are used: endless, seeded, by random access."""
+"""The order in which rows are used: endless, seeded, by random access."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import grain
 
+# Without end: more than a run can draw. A stream that grain calls infinite
+# cannot be cut into batches of 1, whose number would overflow.
+_EPOCHS = 2**31
+
 
 def endless(
-  counts: Sequence[int],
+  rows: Sequence[Sequence[int]],
   weights: Sequence[float],
   *,
   seed: int,
   shuffle: bool,
-) -> Callable[[int], int]:
-  """The index of the example at each place of an endless order.
+) -> grain.MapDataset:
+  """The row at each place of an endless order.
 
-  The n-th use of a source goes through all of it once before any example comes
-  again, in a new order each time. Several sources are interleaved in
-  proportion to their weights.
+  A source is gone through once before any of its rows comes again, in a new
+  order each time. Several sources are interleaved in proportion to their
+  weights, each beginning its next epoch when its rows are used up.
 
   Args:
-    counts: examples of each source; their indices follow each other.
+    rows: of each source.
     weights: of the sources.
     seed: of the order.
-    shuffle: false keeps the order of the examples.
+    shuffle: false keeps the order of the rows.
   """
-  parts = []
-  first = 0
-  for number, count in enumerate(counts):
-    part = grain.MapDataset.source(range(first, first + count))
+  streams = []
+  for number, source in enumerate(rows):
+    stream = grain.MapDataset.source(source)
     if shuffle:
-      part = part.seed(seed + number).shuffle()
-    parts.append(part.repeat())
-    first += count
-  order: Any = parts[0]
-  if len(parts) > 1:
-    order = grain.MapDataset.mix(parts, weights=list(weights))
-  return lambda place: int(order[place])
+      # Sources of one size must not be shuffled alike.
+      stream = stream.seed((seed + 7919 * number) % 2**32).shuffle()
+    streams.append(stream.repeat(_EPOCHS))
+  if len(streams) == 1:
+    return streams[0]
+  # In hundredths of the smallest: grain mixes by integers.
+  shares = [round(100 * weight / min(weights)) for weight in weights]
+  return grain.MapDataset.mix(streams, shares)

@@ -9,6 +9,7 @@ seed and its number alone. Arrays are numpy's.
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -120,8 +121,9 @@ class PackedExamples(Iterator[PackedBatch]):
       config, tokenizer, row_tokens, vocab_size
     )
     self._digest = _digest(self._examples)
+    starts = itertools.accumulate(counts, initial=0)
     self._order = order.endless(
-      counts,
+      [range(first, first + count) for first, count in zip(starts, counts)],
       [source.weight for source in config.sources.values()],
       seed=seed,
       shuffle=config.shuffle,
@@ -197,7 +199,8 @@ class PackedExamples(Iterator[PackedBatch]):
     """Packs the examples of a window, and stands before its first row."""
     size = min(_WINDOW, len(self._examples))
     indices = [
-      self._order(place) for place in range(window * size, (window + 1) * size)
+      int(self._order[place])
+      for place in range(window * size, (window + 1) * size)
     ]
     lengths = [len(self._examples[index].ids) for index in indices]
     self._rows = [

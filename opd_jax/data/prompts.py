@@ -8,7 +8,7 @@ Arrays are numpy's.
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -16,8 +16,8 @@ import numpy as np
 from jaxtyping import Int
 
 from opd_jax import templates
-from opd_jax.config import DataConfig, SourceConfig
-from opd_jax.data import sources
+from opd_jax.config import DataConfig
+from opd_jax.data import order, sources
 from opd_jax.data.files import Row
 from opd_jax.errors import InputError
 from opd_jax.templates import Prompt
@@ -167,10 +167,15 @@ class Prompts(Iterator[Batch]):
     if any(source.teacher_prompt for source in config.sources.values()):
       self.teacher_window = max(len(p.teacher) for p in self._pairs.values())
     self._digest = _digest(self._pairs)
-    order = _order(config, rows_of, seed)
+    rows = order.endless(
+      list(rows_of.values()),
+      [source.weight for source in config.sources.values()],
+      seed=seed,
+      shuffle=config.shuffle,
+    )
     # Assembling a batch takes microseconds: no threads, nothing read ahead.
     options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    self._batches = iter(order.batch(batch_size).to_iter_dataset(options))
+    self._batches = iter(rows.batch(batch_size).to_iter_dataset(options))
 
   def __next__(self) -> Batch:
     rows = tuple(int(row) for row in next(self._batches))
@@ -324,28 +329,6 @@ def _total(reports: Sequence[PromptReport]) -> PromptReport:
     longest=max(report.longest for report in reports),
     mean_length=sum(r.kept * r.mean_length for r in reports) / max(1, kept),
   )
-
-
-def _order(
-  config: DataConfig, rows_of: Mapping[str, Sequence[int]], seed: int
-) -> grain.MapDataset:
-  """Rows without end: each source in its own order, mixed by their weights."""
-  streams = []
-  for number, rows in enumerate(rows_of.values()):
-    stream = grain.MapDataset.source(rows)
-    if config.shuffle:
-      # Sources of one size must not be shuffled alike.
-      stream = stream.seed((seed + 7919 * number) % 2**32).shuffle()
-    streams.append(stream.repeat())
-  if len(streams) == 1:
-    return streams[0]
-  return grain.MapDataset.mix(streams, _shares(config.sources.values()))
-
-
-def _shares(mixed: Iterable[SourceConfig]) -> list[int]:
-  """Weights in hundredths of the smallest, the numbers that grain mixes by."""
-  weights = [source.weight for source in mixed]
-  return [round(100 * weight / min(weights)) for weight in weights]
 
 
 def _pad(prompts: Sequence[np.ndarray], window: int) -> Tokens:
