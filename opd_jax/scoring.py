@@ -117,6 +117,8 @@ class Scorer:
       if batch.privileged is None:
         raise ValueError("this batch has no privileged prompts")
       prompts = batch.privileged
+    elif role == "teacher" and batch.teacher_prompts is not None:
+      prompts = batch.teacher_prompts
     tokens, positions = sequences.join(prompts, batch.tokens, batch.lengths)
     states = self.model(role).hidden(params, tokens, positions)
     first = prompts.tokens.shape[1] - 1

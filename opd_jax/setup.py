@@ -67,7 +67,6 @@ def prepare(config: RunConfig) -> Setup:
   ):
     models[role] = hf.read_config(source.path)
     hf.check(source.path, models[role])
-    _check_window(role, models[role], config)
   student_tokenizer = tokenizer.load(hf.resolve(config.student.path))
   teacher_tokenizer = tokenizer.load(hf.resolve(config.teacher.path))
   difference = tokenizer.check_same(student_tokenizer, teacher_tokenizer)
@@ -83,10 +82,13 @@ def prepare(config: RunConfig) -> Setup:
   prompts = Prompts(
     config.data,
     student_tokenizer,
+    teacher_tokenizer,
     seed=config.seed,
     batch_size=config.batch.prompts,
     vocab_size=vocab_size,
+    teacher_vocab_size=models["teacher"].vocab_size,
   )
+  _check_windows(config, models, prompts)
   held_out = None
   if config.held_out.path is not None:
     student = models["student"]
@@ -171,18 +173,24 @@ def _check_supported(objective: Objective) -> None:
     )
 
 
-def _check_window(role: str, model: ModelConfig, config: RunConfig) -> None:
-  prompt, completion = (
-    config.data.max_prompt_tokens,
-    config.sampling.max_new_tokens,
-  )
-  if prompt + completion > model.max_positions:
-    raise InputError(
-      f"data.max_prompt_tokens + sampling.max_new_tokens = {prompt} + "
-      f"{completion} = {prompt + completion} exceeds the {role}'s window of "
-      f"{model.max_positions} positions ({getattr(config, role).path}); "
-      "lower one of them"
-    )
+def _check_windows(
+  config: RunConfig, models: dict[str, ModelConfig], prompts: Prompts
+) -> None:
+  """Raises unless the models have positions for prompt and completion."""
+  key, completion = "data.max_prompt_tokens", config.sampling.max_new_tokens
+  windows = {"student": (key, config.data.max_prompt_tokens)}
+  windows["teacher"] = windows["student"]
+  if prompts.teacher_window is not None:
+    windows["teacher"] = ("the longest teacher_prompt", prompts.teacher_window)
+  for role, (name, window) in windows.items():
+    positions = models[role].max_positions
+    if window + completion > positions:
+      raise InputError(
+        f"{name} + sampling.max_new_tokens = {window} + {completion} = "
+        f"{window + completion} exceeds the {role}'s window of {positions} "
+        f"positions ({getattr(config, role).path}); lower {key} or "
+        "sampling.max_new_tokens"
+      )
 
 
 def _check_batch(config: RunConfig, shards: int) -> None:

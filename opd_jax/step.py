@@ -190,14 +190,14 @@ class Step:
   def scoring_batch(self, rollout: Rollout, inputs: StepInputs) -> ScoringBatch:
     """All drawn tokens carry loss and have a behavior log-probability."""
     rows = rollout.tokens.shape[0]
-    privileged = inputs.privileged
-    if privileged is not None:
-      privileged = jax.tree.map(
-        lambda leaf: jnp.repeat(leaf, self.rollouts, axis=0), privileged
-      )
+    privileged, teacher_prompts = jax.tree.map(
+      lambda leaf: jnp.repeat(leaf, self.rollouts, axis=0),
+      (inputs.privileged, inputs.teacher_prompts),
+    )
     return ScoringBatch(
       prompts=rollout.prompts,
       privileged=privileged,
+      teacher_prompts=teacher_prompts,
       tokens=rollout.tokens,
       lengths=jnp.sum(rollout.sampled_mask, axis=1, dtype=jnp.int32),
       sampled_mask=rollout.sampled_mask,

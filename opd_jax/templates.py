@@ -101,7 +101,7 @@ def _text(template: str, field: str, row: Mapping[str, Any], where: str) -> str:
     raise InputError(
       f"{where}: no field {field!r}, which the template {template!r} needs; "
       f"the row has {', '.join(row) or 'none'}; change the template of this "
-      "source (prompt.text, completion, answer)"
+      "source (prompt.text, teacher_prompt.text, completion, answer)"
     )
   value = row[field]
   if not isinstance(value, str | int | float):

@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import json
 import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,13 +81,20 @@ class Tokenizer:
       thinking: the template's `enable_thinking`; None leaves it out.
 
     Raises:
-      InputError: no chat template, or one that refuses the messages.
+      InputError: no chat template, one that refuses the messages, or one
+        without the switch that `thinking` sets.
     """
-    if not self._backend.chat_template:
+    template = self._backend.chat_template
+    if not template:
       raise InputError(
         f"the tokenizer in {self.path} has no chat template; set prompt.chat "
         "to False and write the prompt's whole text in prompt.text, or add a "
         "chat_template.jinja to that folder"
+      )
+    if thinking is not None and "enable_thinking" not in str(template):
+      raise InputError(
+        f"prompt.thinking = {thinking}, but the chat template in {self.path} "
+        "has no switch enable_thinking; set prompt.thinking to None"
       )
     import jinja2
 
@@ -141,12 +149,9 @@ def load(path: str | Path) -> Tokenizer:
       f"no tokenizer in {path}: expected one of {', '.join(_TOKENIZER_FILES)}; "
       "copy the tokenizer files of the checkpoint into that folder"
     )
-  # It would advise to install PyTorch, which tokenizers do not need.
-  os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-  from transformers import AutoTokenizer
-
+  auto_tokenizer = _auto_tokenizer()
   try:
-    backend: Any = AutoTokenizer.from_pretrained(
+    backend: Any = auto_tokenizer.from_pretrained(
       str(path), local_files_only=True, trust_remote_code=False
     )
   except (ImportError, KeyError, OSError, ValueError) as error:
@@ -167,6 +172,29 @@ def load(path: str | Path) -> Tokenizer:
     stop_ids=tuple(dict.fromkeys(stop_ids)),
     _backend=backend,
   )
+
+
+def _auto_tokenizer() -> Any:
+  """The class of transformers that reads tokenizers, without torch.
+
+  Where torch is installed, transformers would import it although tokenizers do
+  not use it: a second, and memory beside the accelerator's own runtime. There
+  is no switch for this, so torch is hidden while transformers is imported for
+  the first time. A program that wants models of transformers too must import
+  torch or transformers before it reads a tokenizer.
+  """
+  # It would advise to install torch.
+  os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+  modules: dict[str, Any] = sys.modules
+  hidden = "torch" not in modules and "transformers" not in modules
+  if hidden:
+    modules["torch"] = None
+  try:
+    from transformers import AutoTokenizer
+  finally:
+    if hidden:
+      del modules["torch"]
+  return AutoTokenizer
 
 
 def _generation_stop_ids(path: Path) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ from opd_jax import held_out as held_out_lib
 from opd_jax import setup as setup_lib
 from opd_jax.checkpoint import BEST_METRIC, Checkpoints
 from opd_jax.config import RunConfig
-from opd_jax.data.prompts import Batch
+from opd_jax.data.prompts import Batch, Tokens
 from opd_jax.export import export
 from opd_jax.meter import Meter
 from opd_jax.metrics import Progress, Writer
@@ -119,7 +119,7 @@ def train(config: RunConfig, workdir: str | Path) -> Summary:
       # --- Programs, before the first step. ---
       tell.print("compiling the step ...")
       layout = step.scorer.student.layout
-      programs.compile(state, frozen, _abstract_inputs(config, layout))
+      programs.compile(state, frozen, _abstract_inputs(setup, layout))
       tell.print(f"compiled in {programs.compile_seconds:.1f} s")
       held_out_loss = _held_out_loss(setup, step, state.params)
 
@@ -225,6 +225,17 @@ def describe(setup: Setup, step: Step) -> Iterator[str]:
     f"{report.rows} rows, {report.mean_length:.1f} tokens on average, the "
     f"longest {report.longest}"
   )
+  if len(setup.prompts.reports) > 1:
+    for name, part in setup.prompts.reports.items():
+      yield (
+        f"  {name}: {part.kept} of {part.rows} rows, weight "
+        f"{config.data.sources[name].weight:g}"
+      )
+  if setup.prompts.teacher_window is not None:
+    yield (
+      "the teacher reads prompts of its own, the longest "
+      f"{setup.prompts.teacher_window} tokens"
+    )
   for count, fate in (
     (report.truncated, "longer than the window: their last tokens are used"),
     (report.dropped, "longer than the window and dropped"),
@@ -267,10 +278,15 @@ def place_inputs(batch: Batch, layout: Layout) -> StepInputs:
       array.shape, layout.sharding(axes), lambda index: array[index]
     )
 
-  return StepInputs(
-    prompts=PromptBatch(
-      tokens=place(batch.tokens), lengths=place(batch.lengths)
+  def place_prompts(prompts: Tokens) -> PromptBatch:
+    return PromptBatch(
+      tokens=place(prompts.tokens), lengths=place(prompts.lengths)
     )
+
+  teacher = batch.teacher
+  return StepInputs(
+    prompts=place_prompts(batch),
+    teacher_prompts=None if teacher is None else place_prompts(teacher),
   )
 
 
@@ -282,8 +298,8 @@ def _initial_state(step: Step, path: str) -> TrainState:
   return init(params)
 
 
-def _abstract_inputs(config: RunConfig, layout: Layout) -> StepInputs:
-  rows, window = config.batch.prompts, config.data.max_prompt_tokens
+def _abstract_inputs(setup: Setup, layout: Layout) -> StepInputs:
+  rows = setup.config.batch.prompts
 
   def struct(shape: tuple[int, ...]) -> Any:
     axes = ("batch",) + (None,) * (len(shape) - 1)
@@ -291,8 +307,13 @@ def _abstract_inputs(config: RunConfig, layout: Layout) -> StepInputs:
       shape, jnp.int32, sharding=layout.sharding(axes)
     )
 
+  def prompts(window: int) -> PromptBatch:
+    return PromptBatch(tokens=struct((rows, window)), lengths=struct((rows,)))
+
+  teacher_window = setup.prompts.teacher_window
   return StepInputs(
-    prompts=PromptBatch(tokens=struct((rows, window)), lengths=struct((rows,)))
+    prompts=prompts(setup.config.data.max_prompt_tokens),
+    teacher_prompts=None if teacher_window is None else prompts(teacher_window),
   )
 
 

@@ -47,10 +47,13 @@ class StepInputs:
   Attributes:
     prompts: the student's.
     privileged: second prompts with what only a teacher should know.
+    teacher_prompts: what the teacher reads in front of the same completions;
+      None gives it the student's prompts.
   """
 
   prompts: PromptBatch
   privileged: PromptBatch | None = None
+  teacher_prompts: PromptBatch | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -82,7 +85,8 @@ class ScoringBatch:
   Attributes:
     prompts: the plain prompt of every row.
     privileged: the second prompt, with what only a teacher should know.
-    tokens: completion ids, the same after either prompt.
+    teacher_prompts: the teacher's prompt of every row; None for the plain one.
+    tokens: completion ids, the same after any of these prompts.
     lengths: completion tokens per row; models see no more than these.
     sampled_mask: drawn by the student, stop id included.
     loss_mask: carries loss; true within the first `lengths` tokens only.
@@ -93,6 +97,7 @@ class ScoringBatch:
 
   prompts: PromptBatch
   privileged: PromptBatch | None = None
+  teacher_prompts: PromptBatch | None = None
   tokens: Int[Array, "B T"]
   lengths: Int[Array, " B"]
   sampled_mask: Bool[Array, "B T"]

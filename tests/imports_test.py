@@ -58,7 +58,8 @@ ALLOWED = {
   "generate": PARTS,
   "run_export": TOOLS | {"train"},
   #
-  "cli": {"errors", "config", "parsing", "train", "generate", "run_export"},
+  "cli": {"errors", "config", "parsing", "data"}
+  | {"train", "generate", "run_export"},
 }
 
 # Third-party package: the only modules that may import it.
@@ -67,6 +68,8 @@ OWNERS = {
   "orbax": {"checkpoint"},
   "transformers": {"tokenizer"},
   "grain": {"data"},
+  "tensorflow_datasets": {"data"},
+  "pyarrow": {"data"},
   "torch": set(),
   "tensorflow": set(),
 }

@@ -21,11 +21,13 @@ USAGE = """usage: opd-jax COMMAND [--flag=value ...]
             complete prompts
   export    --workdir=DIR --out=DIR [--step=latest|best|N]
             write a checkpoint of a run as a Hugging Face model
+  dataset   --jsonl=FILE --name=NAME --data_dir=DIR [--split=train]
+            make a TensorFlow Dataset of a JSONL file
 
 opd-jax COMMAND --help lists the flags of a command.
 """
 
-COMMANDS = ("train", "generate", "export")
+COMMANDS = ("train", "generate", "export", "dataset")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

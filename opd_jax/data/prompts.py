@@ -7,7 +7,8 @@ Arrays are numpy's.
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -15,24 +16,26 @@ import numpy as np
 from jaxtyping import Int
 
 from opd_jax import templates
-from opd_jax.config import DataConfig
+from opd_jax.config import DataConfig, SourceConfig
 from opd_jax.data import sources
+from opd_jax.data.files import Row
 from opd_jax.errors import InputError
+from opd_jax.templates import Prompt
 from opd_jax.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PromptReport:
-  """What became of the rows of a file; lengths in ids.
+  """What became of the rows of a source, or of all; lengths in ids.
 
   Attributes:
-    rows: in the file.
+    rows: that were read.
     kept: used as prompts, the truncated ones included.
     truncated: longer than the window, first ids cut off.
     dropped: longer than the window, not used.
     empty: without a single id, not used.
-    longest: the longest prompt before any cut to the window.
-    mean_length: of the prompts as used.
+    longest: the student's longest prompt before any cut to the window.
+    mean_length: of the student's prompts as used; 0 if there is none.
   """
 
   rows: int
@@ -45,76 +48,154 @@ class PromptReport:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Batch:
-  """The prompts of one step.
+class Tokens:
+  """Prompts as arrays; the fields of a `types.PromptBatch`.
 
   Attributes:
-    tokens: left-aligned ids, then 0; the fields of a `types.PromptBatch`.
+    tokens: left-aligned ids, then 0.
     lengths: ids per prompt, at least 1.
-    rows: index of each prompt's row, counted over all sources in order.
   """
 
   tokens: Int[np.ndarray, "n P"]
   lengths: Int[np.ndarray, " n"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Batch(Tokens):
+  """The prompts of one step.
+
+  Attributes:
+    rows: index of each prompt's row, counted over all sources in order.
+    teacher: what the teacher reads instead; None if it reads the same ids.
+  """
+
   rows: tuple[int, ...]
+  teacher: Tokens | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Example:
+  """A row of a source and what is made of it, before any cut to the window.
+
+  Attributes:
+    source: its name in `data.sources`.
+    index: of the row in its source, from 0.
+    where: the row in words.
+    row: its fields.
+    student: the student's prompt.
+    teacher: the teacher's; None if it reads the student's ids.
+  """
+
+  source: str
+  index: int
+  where: str
+  row: Row
+  student: Prompt
+  teacher: Prompt | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Pair:
+  """The ids of a row as both models read them, cut to the window."""
+
+  student: np.ndarray
+  teacher: np.ndarray
 
 
 class Prompts(Iterator[Batch]):
-  """Endless batches of prompts; every epoch has each row once.
+  """Endless batches of prompts; every epoch of a source has each row once.
 
-  Batches run across the end of an epoch, so no row is left out. Every process
-  makes the whole batch, and places of it what its devices hold.
+  Several sources are mixed in proportion to their weights, each beginning its
+  next epoch when its rows are used up. Batches run across the end of an epoch,
+  so no row is left out. Every process makes the whole batch, and places of it
+  what its devices hold.
 
   Attributes:
-    report: what became of the rows of the file.
+    report: what became of all rows.
+    reports: what became of those of each source, by its name.
+    teacher_window: slots of the teacher's prompts, as many as the longest has
+      ids; None if no source has a `teacher_prompt`.
   """
 
   def __init__(
     self,
     config: DataConfig,
     tokenizer: Tokenizer,
+    teacher: Tokenizer | None = None,
     *,
     seed: int,
     batch_size: int,
     vocab_size: int,
+    teacher_vocab_size: int | None = None,
   ):
     """Reads and tokenises all sources.
 
     Args:
       config: the sources, and how their rows become prompts.
       tokenizer: of the student.
+      teacher: of the teacher, for sources with a `teacher_prompt`.
       seed: of the order.
       batch_size: prompts per step.
       vocab_size: ids that all models have.
+      teacher_vocab_size: ids that the teacher has; None for `vocab_size`.
 
     Raises:
-      InputError: bad file, a prompt too long where `overlong` is "error", an
+      InputError: bad source, a prompt too long where `overlong` is "error", an
         id that a model does not have, or no prompt left.
     """
-    self._ids, self.report = _prepare(config, tokenizer, vocab_size)
-    self._rows = sorted(self._ids)
+    self._config = config
+    self._tokenizers = (tokenizer, teacher)
     self._window = config.max_prompt_tokens
-    self._digest = _digest(self._ids)
-    order = grain.MapDataset.source(range(len(self._rows)))
-    if config.shuffle:
-      order = order.seed(seed).shuffle()
+    self._pairs: dict[int, _Pair] = {}
+    self.reports: dict[str, PromptReport] = {}
+    rows_of = {}
+    first = 0
+    for name in config.sources:
+      kept, report = _prepare(
+        config,
+        self._examples(name),
+        vocab_size,
+        vocab_size if teacher_vocab_size is None else teacher_vocab_size,
+      )
+      self.reports[name] = report
+      rows_of[name] = [first + index for index in kept]
+      self._pairs |= {first + index: pair for index, pair in kept.items()}
+      first += report.rows
+    self.report = _total(list(self.reports.values()))
+    _check_kept(config, self.reports)
+    self.teacher_window = None
+    if any(source.teacher_prompt for source in config.sources.values()):
+      self.teacher_window = max(len(p.teacher) for p in self._pairs.values())
+    self._digest = _digest(self._pairs)
+    order = _order(config, rows_of, seed)
     # Assembling a batch takes microseconds: no threads, nothing read ahead.
     options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    self._batches = iter(
-      order.repeat().batch(batch_size).to_iter_dataset(options)
-    )
+    self._batches = iter(order.batch(batch_size).to_iter_dataset(options))
 
   def __next__(self) -> Batch:
-    picked = next(self._batches)
-    rows = tuple(self._rows[index] for index in picked)
-    tokens = np.zeros((len(rows), self._window), np.int32)
-    for slot, row in enumerate(rows):
-      tokens[slot, : len(self._ids[row])] = self._ids[row]
+    rows = tuple(int(row) for row in next(self._batches))
+    pairs = [self._pairs[row] for row in rows]
+    student = _pad([pair.student for pair in pairs], self._window)
+    teacher = None
+    if self.teacher_window is not None:
+      teacher = _pad([pair.teacher for pair in pairs], self.teacher_window)
     return Batch(
-      tokens=tokens,
-      lengths=np.array([len(self._ids[row]) for row in rows], np.int32),
+      tokens=student.tokens,
+      lengths=student.lengths,
       rows=rows,
+      teacher=teacher,
     )
+
+  def examples(self, count: int | None = None) -> list[Example]:
+    """The first rows of every source and their prompts; None for all rows.
+
+    They are read again: nothing but the ids of all rows is kept.
+    """
+    return [
+      example
+      for name in self._config.sources
+      for example in itertools.islice(self._examples(name), count)
+    ]
 
   def get_state(self) -> dict[str, Any]:
     """Where the iterator stands, as JSON."""
@@ -130,48 +211,67 @@ class Prompts(Iterator[Batch]):
       raise InputError(
         f"the prompts changed since the state was saved (digest "
         f"{state['prompts']}, now {self._digest}): resuming would not continue "
-        "the same run; restore the data file, or use a new workdir"
+        "the same run; restore the data, or use a new workdir"
       )
     self._batches.set_state(state["order"])
 
-
-def _prepare(
-  config: DataConfig, tokenizer: Tokenizer, vocab_size: int
-) -> tuple[dict[int, np.ndarray], PromptReport]:
-  """Ids of the prompts to use by row, and the counts."""
-  window = config.max_prompt_tokens
-  kept: dict[int, np.ndarray] = {}
-  count = empty = overlong = longest = 0
-  for source in config.sources.values():
+  def _examples(self, name: str) -> Iterator[Example]:
+    source = self._config.sources[name]
+    tokenizer, teacher_tokenizer = self._tokenizers
     for index, row in enumerate(sources.read(source)):
       where = sources.where(source, index)
-      ids = templates.prompt(source.prompt, row, tokenizer, where).ids
-      sources.check_ids(ids, vocab_size, where)
-      count += 1
-      longest = max(longest, len(ids))
-      if len(ids) > window:
-        if config.overlong == "error":
-          raise InputError(
-            f"{where}: the prompt has {len(ids)} tokens, "
-            f"data.max_prompt_tokens is {window}; raise it, shorten the "
-            'prompt, or set data.overlong to "truncate_left" or "drop"'
-          )
-        overlong += 1
-        if config.overlong == "drop":
-          continue
-        ids = ids[-window:]
-      if len(ids) == 0:
-        empty += 1
+      teacher = None
+      if source.teacher_prompt is not None:
+        if teacher_tokenizer is None:
+          raise ValueError(f"source {name} needs the teacher's tokenizer")
+        teacher = templates.prompt(
+          source.teacher_prompt, row, teacher_tokenizer, where
+        )
+      yield Example(
+        source=name,
+        index=index,
+        where=where,
+        row=row,
+        student=templates.prompt(source.prompt, row, tokenizer, where),
+        teacher=teacher,
+      )
+
+
+def _prepare(
+  config: DataConfig,
+  examples: Iterator[Example],
+  vocab_size: int,
+  teacher_vocab_size: int,
+) -> tuple[dict[int, _Pair], PromptReport]:
+  """Ids of the prompts to use of a source, by row, and the counts."""
+  window = config.max_prompt_tokens
+  kept: dict[int, _Pair] = {}
+  count = empty = overlong = longest = 0
+  for example in examples:
+    student = example.student.ids
+    teacher = example.teacher.ids if example.teacher else ()
+    sources.check_ids(student, vocab_size, example.where)
+    sources.check_ids(teacher, teacher_vocab_size, example.where)
+    count += 1
+    longest = max(longest, len(student))
+    if max(len(student), len(teacher)) > window:
+      if config.overlong == "error":
+        _refuse_overlong(example, window)
+      overlong += 1
+      if config.overlong == "drop":
         continue
-      kept[count - 1] = np.asarray(ids, np.int32)
-  if not kept:
-    raise InputError(
-      f"none of the {count} rows of data can be used: {overlong} "
-      f"longer than data.max_prompt_tokens = {window} (the longest has "
-      f"{longest}) and {empty} empty; raise data.max_prompt_tokens or set "
-      'data.overlong to "truncate_left"'
+    if not student or (example.teacher and not teacher):
+      empty += 1
+      continue
+    ids = np.asarray(student[-window:], np.int32)
+    kept[example.index] = _Pair(
+      student=ids,
+      teacher=np.asarray(teacher[-window:], np.int32)
+      if example.teacher
+      else ids,
     )
   dropped = overlong if config.overlong == "drop" else 0
+  lengths = [len(pair.student) for pair in kept.values()]
   return kept, PromptReport(
     rows=count,
     kept=len(kept),
@@ -179,13 +279,88 @@ def _prepare(
     dropped=dropped,
     empty=empty,
     longest=longest,
-    mean_length=sum(map(len, kept.values())) / len(kept),
+    mean_length=sum(lengths) / max(1, len(lengths)),
   )
 
 
-def _digest(ids: Mapping[int, np.ndarray]) -> str:
+def _refuse_overlong(example: Example, window: int) -> None:
+  whose, length = "the prompt", len(example.student.ids)
+  if length <= window and example.teacher is not None:
+    whose, length = "the teacher's prompt", len(example.teacher.ids)
+  raise InputError(
+    f"{example.where}: {whose} has {length} tokens, data.max_prompt_tokens is "
+    f"{window}; raise it, shorten the prompt, or set data.overlong to "
+    '"truncate_left" or "drop"'
+  )
+
+
+def _check_kept(
+  config: DataConfig, reports: Mapping[str, PromptReport]
+) -> None:
+  """Raises unless every source has a row to draw."""
+  for name, report in reports.items():
+    if not report.kept:
+      raise InputError(
+        f"none of the {report.rows} rows of source {name!r} "
+        f"({config.sources[name].path}) can be used: {report.dropped} with "
+        f"prompts longer than data.max_prompt_tokens = "
+        f"{config.max_prompt_tokens} (the longest has {report.longest}) and "
+        f"{report.empty} empty; raise data.max_prompt_tokens, set "
+        'data.overlong to "truncate_left", or leave the source out'
+      )
+
+
+def _total(reports: Sequence[PromptReport]) -> PromptReport:
+  def added(name: str) -> int:
+    return sum(getattr(report, name) for report in reports)
+
+  kept = added("kept")
+  return PromptReport(
+    rows=added("rows"),
+    kept=kept,
+    truncated=added("truncated"),
+    dropped=added("dropped"),
+    empty=added("empty"),
+    longest=max(report.longest for report in reports),
+    mean_length=sum(r.kept * r.mean_length for r in reports) / max(1, kept),
+  )
+
+
+def _order(
+  config: DataConfig, rows_of: Mapping[str, Sequence[int]], seed: int
+) -> grain.MapDataset:
+  """Rows without end: each source in its own order, mixed by their weights."""
+  streams = []
+  for number, rows in enumerate(rows_of.values()):
+    stream = grain.MapDataset.source(rows)
+    if config.shuffle:
+      # Sources of one size must not be shuffled alike.
+      stream = stream.seed((seed + 7919 * number) % 2**32).shuffle()
+    streams.append(stream.repeat())
+  if len(streams) == 1:
+    return streams[0]
+  return grain.MapDataset.mix(streams, _shares(config.sources.values()))
+
+
+def _shares(mixed: Iterable[SourceConfig]) -> list[int]:
+  """Weights in hundredths of the smallest, the numbers that grain mixes by."""
+  weights = [source.weight for source in mixed]
+  return [round(100 * weight / min(weights)) for weight in weights]
+
+
+def _pad(prompts: Sequence[np.ndarray], window: int) -> Tokens:
+  tokens = np.zeros((len(prompts), window), np.int32)
+  for slot, ids in enumerate(prompts):
+    tokens[slot, : len(ids)] = ids
+  return Tokens(
+    tokens=tokens, lengths=np.array([len(ids) for ids in prompts], np.int32)
+  )
+
+
+def _digest(pairs: Mapping[int, _Pair]) -> str:
   digest = hashlib.sha256()
-  for row, prompt in ids.items():
-    digest.update(np.array([row, len(prompt)], "<i4").tobytes())
-    digest.update(prompt.astype("<i4").tobytes())
+  for row, pair in pairs.items():
+    for ids in (pair.student, pair.teacher):
+      digest.update(np.array([row, len(ids)], "<i4").tobytes())
+      digest.update(ids.astype("<i4").tobytes())
   return digest.hexdigest()[:16]

@@ -1,14 +1,21 @@
 """Rows of a data source, by the path that names it."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from opd_jax import arith
 from opd_jax.config import SourceConfig
+from opd_jax.data import tfds
+from opd_jax.data.files import Row, read_jsonl, read_parquet
 from opd_jax.errors import InputError
 
-Row = dict[str, Any]
+# What makes the rows of a task: of its options and the split.
+TASKS = {"arith": arith.rows}
+
+# What reads a file with this ending.
+FILES = {".jsonl": read_jsonl, ".parquet": read_parquet}
+
+_TFDS = "tfds:"
 
 
 def read(config: SourceConfig) -> list[Row]:
@@ -17,47 +24,30 @@ def read(config: SourceConfig) -> list[Row]:
   Raises:
     InputError: no such source, or one that cannot be read.
   """
-  return read_jsonl(config.path)[: config.rows]
+  path = config.path
+  if path in TASKS:
+    rows = TASKS[path](config.options, config.split)
+  elif path.startswith(_TFDS):
+    rows = tfds.read(path.removeprefix(_TFDS), config.split, config.options)
+  elif Path(path).suffix in FILES:
+    _check_file(config)
+    rows = FILES[Path(path).suffix](path)
+  else:
+    raise InputError(
+      f"unknown data source {path!r}; name a file (FILE{', FILE'.join(FILES)}),"
+      f" {_TFDS}NAME for a TensorFlow Dataset, or a task ({', '.join(TASKS)})"
+    )
+  return rows[: config.rows]
 
 
 def where(config: SourceConfig, index: int) -> str:
   """The row of a source with this index, from 0, in words."""
-  return f"{config.path}, line {index + 1}"
-
-
-def read_jsonl(path: str | Path) -> list[Row]:
-  """Rows of a JSONL file, each an object.
-
-  Blank lines at the end are ignored.
-
-  Raises:
-    InputError: no file, no rows, or a row (named by its 1-based line) that is
-      not JSON or not an object.
-  """
-  path = Path(path)
-  if not path.is_file():
-    raise InputError(
-      f"no data file {path}; name a JSONL file, one object a line"
-    )
-  lines = path.read_bytes().rstrip().split(b"\n")
-  if lines == [b""]:
-    raise InputError(f"data file {path} has no rows; write one object a line")
-  rows = []
-  for number, line in enumerate(lines, start=1):
-    where = f"{path}, line {number}"
-    try:
-      row = json.loads(line)
-    except ValueError as error:
-      raise InputError(
-        f"{where}: not valid JSON ({error}); every line must be one object"
-      ) from error
-    if not isinstance(row, dict):
-      raise InputError(
-        f"{where}: expected an object, got {type(row).__name__}; write "
-        '{"text": ...}'
-      )
-    rows.append(row)
-  return rows
+  path = config.path
+  if Path(path).suffix == ".jsonl":
+    return f"{path}, line {index + 1}"
+  if path in TASKS or path.startswith(_TFDS):
+    return f"{path} ({config.split}), row {index + 1}"
+  return f"{path}, row {index + 1}"
 
 
 def check_ids(ids: Sequence[int], vocab_size: int, where: str) -> None:
@@ -68,4 +58,12 @@ def check_ids(ids: Sequence[int], vocab_size: int, where: str) -> None:
       f"{where}: the tokenizer gives id {largest}, but the models have "
       f"ids 0 to {vocab_size - 1}; use the tokenizer that belongs to them, or "
       "texts without its added tokens"
+    )
+
+
+def _check_file(config: SourceConfig) -> None:
+  if config.split != "train" or config.options:
+    raise InputError(
+      f"{config.path} is a file, which has no splits and no options; leave out "
+      f"split, got {config.split!r}, and options, got {dict(config.options)}"
     )

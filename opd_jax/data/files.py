@@ -1,0 +1,91 @@
+"""Rows of JSONL and Parquet files."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from opd_jax.errors import InputError
+
+Row = dict[str, Any]
+
+
+def read_jsonl(path: str | Path) -> list[Row]:
+  """Rows of a JSONL file, each an object.
+
+  Blank lines at the end are ignored.
+
+  Raises:
+    InputError: no file, no rows, or a row (named by its 1-based line) that is
+      not JSON or not an object.
+  """
+  path = Path(path)
+  if not path.is_file():
+    raise InputError(
+      f"no data file {path}; name a JSONL file, one object a line"
+    )
+  lines = path.read_bytes().rstrip().split(b"\n")
+  if lines == [b""]:
+    raise InputError(f"data file {path} has no rows; write one object a line")
+  rows = []
+  for number, line in enumerate(lines, start=1):
+    where = f"{path}, line {number}"
+    try:
+      row = json.loads(line)
+    except ValueError as error:
+      raise InputError(
+        f"{where}: not valid JSON ({error}); every line must be one object"
+      ) from error
+    if not isinstance(row, dict):
+      raise InputError(
+        f"{where}: expected an object, got {type(row).__name__}; write "
+        '{"text": ...}'
+      )
+    rows.append(row)
+  return rows
+
+
+def read_parquet(path: str | Path) -> list[Row]:
+  """Rows of a Parquet file, its columns as fields.
+
+  Lists and structs become lists and dicts, binary columns text.
+
+  Raises:
+    InputError: no file, one that is no Parquet file, or no rows.
+  """
+  import pyarrow
+  import pyarrow.parquet
+
+  path = Path(path)
+  if not path.is_file():
+    raise InputError(f"no data file {path}; name a Parquet file")
+  try:
+    # One thread: a pool of threads would outlive the reading.
+    table = pyarrow.parquet.ParquetFile(path).read(use_threads=False)
+  except (pyarrow.ArrowException, OSError) as error:
+    raise InputError(
+      f"cannot read {path} as Parquet: {error}; write it again, or use JSONL"
+    ) from error
+  if not table.num_rows:
+    raise InputError(f"data file {path} has no rows")
+  return [plain(row) for row in table.to_pylist()]
+
+
+def plain(value: Any) -> Any:
+  """A value as text, numbers, lists and dicts.
+
+  Bytes become text where they are UTF-8, numpy's arrays and scalars lists and
+  numbers. All else stays as it is.
+  """
+  if isinstance(value, bytes):
+    try:
+      return value.decode()
+    except UnicodeDecodeError:
+      return value
+  if isinstance(value, Mapping):
+    return {key: plain(item) for key, item in value.items()}
+  if isinstance(value, list | tuple):
+    return [plain(item) for item in value]
+  if hasattr(value, "tolist"):
+    return plain(value.tolist())
+  return value
