@@ -23,6 +23,10 @@ from opd_jax.errors import InputError
 from opd_jax.templates import Prompt
 from opd_jax.tokenizer import Tokenizer
 
+# Without end: more than a run can draw. A stream that grain calls infinite
+# cannot be cut into batches of 1, whose number would overflow.
+_EPOCHS = 2**31
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PromptReport:
@@ -336,7 +340,7 @@ def _order(
     if config.shuffle:
       # Sources of one size must not be shuffled alike.
       stream = stream.seed((seed + 7919 * number) % 2**32).shuffle()
-    streams.append(stream.repeat())
+    streams.append(stream.repeat(_EPOCHS))
   if len(streams) == 1:
     return streams[0]
   return grain.MapDataset.mix(streams, _shares(config.sources.values()))

@@ -1,0 +1,61 @@
+"""Which reader a path means, and what a row is called."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from opd_jax import arith
+from opd_jax.config import SourceConfig
+from opd_jax.data import sources
+from opd_jax.errors import InputError
+from tests.data.letters import write_rows
+
+
+def test_a_path_says_what_it_is(tmp_path):
+  rows = [{"text": letter} for letter in "abc"]
+  jsonl = write_rows(tmp_path / "rows.jsonl", "abc")
+  parquet = str(tmp_path / "rows.parquet")
+  pq.write_table(pa.Table.from_pylist(rows), parquet)
+  for path in (jsonl, parquet):
+    assert sources.read(SourceConfig(path=path)) == rows
+    assert sources.read(SourceConfig(path=path, rows=2)) == rows[:2]
+  assert sources.where(SourceConfig(path=jsonl), 1) == f"{jsonl}, line 2"
+  assert sources.where(SourceConfig(path=parquet), 1) == f"{parquet}, row 2"
+
+
+def test_tasks_are_sources():
+  options = {"levels": (1,), "rows": 20}
+  task = SourceConfig(path="arith", split="test", options=options, rows=5)
+  assert sources.read(task) == arith.rows(options, "test")[:5]
+  assert sources.where(task, 0) == "arith (test), row 1"
+  dataset = SourceConfig(path="tfds:gsm8k", split="train[:9]")
+  assert sources.where(dataset, 8) == "tfds:gsm8k (train[:9]), row 9"
+
+
+@pytest.mark.parametrize("path", ["nowhere", "rows.json", "gsm8k", "Arith"])
+def test_an_unknown_source_names_what_there_is(path):
+  with pytest.raises(InputError) as error:
+    sources.read(SourceConfig(path=path))
+  message = str(error.value)
+  for part in (repr(path), "FILE.jsonl", "FILE.parquet", "tfds:NAME", "arith"):
+    assert part in message
+
+
+def test_a_file_has_no_splits_and_options(tmp_path):
+  path = tmp_path / "rows.jsonl"
+  path.write_text(json.dumps({"text": "a"}))
+  with pytest.raises(InputError, match="leave out split, got 'test'"):
+    sources.read(SourceConfig(path=str(path), split="test"))
+  with pytest.raises(InputError, match=r"and options, got .'rows': 3"):
+    sources.read(SourceConfig(path=str(path), options={"rows": 3}))
+
+
+def test_ids_are_checked():
+  sources.check_ids([], 1, "here")
+  sources.check_ids([0, 9], 10, "here")
+  with pytest.raises(
+    InputError, match=r"here: the tokenizer gives id 10, .*0 to 9"
+  ):
+    sources.check_ids([10, 3], 10, "here")
