@@ -14,7 +14,11 @@ from typing import Any, TextIO
 
 import rich.console
 import rich.progress
-import tensorboardX
+
+from opd_jax.imports import without_torch
+
+with without_torch("tensorboardX"):
+  import tensorboardX
 
 # What `Progress` shows: metric, label, format.
 _SHOWN = (

@@ -9,12 +9,12 @@ import dataclasses
 import itertools
 import json
 import os
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from opd_jax.errors import InputError
+from opd_jax.imports import without_torch
 
 _TOKENIZER_FILES = (
   "tokenizer.json",
@@ -149,9 +149,13 @@ def load(path: str | Path) -> Tokenizer:
       f"no tokenizer in {path}: expected one of {', '.join(_TOKENIZER_FILES)}; "
       "copy the tokenizer files of the checkpoint into that folder"
     )
-  auto_tokenizer = _auto_tokenizer()
+  # It would advise to install torch, which tokenizers do not need.
+  os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+  with without_torch("transformers"):
+    from transformers import AutoTokenizer
+
   try:
-    backend: Any = auto_tokenizer.from_pretrained(
+    backend: Any = AutoTokenizer.from_pretrained(
       str(path), local_files_only=True, trust_remote_code=False
     )
   except (ImportError, KeyError, OSError, ValueError) as error:
@@ -172,29 +176,6 @@ def load(path: str | Path) -> Tokenizer:
     stop_ids=tuple(dict.fromkeys(stop_ids)),
     _backend=backend,
   )
-
-
-def _auto_tokenizer() -> Any:
-  """The class of transformers that reads tokenizers, without torch.
-
-  Where torch is installed, transformers would import it although tokenizers do
-  not use it: a second, and memory beside the accelerator's own runtime. There
-  is no switch for this, so torch is hidden while transformers is imported for
-  the first time. A program that wants models of transformers too must import
-  torch or transformers before it reads a tokenizer.
-  """
-  # It would advise to install torch.
-  os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-  modules: dict[str, Any] = sys.modules
-  hidden = "torch" not in modules and "transformers" not in modules
-  if hidden:
-    modules["torch"] = None
-  try:
-    from transformers import AutoTokenizer
-  finally:
-    if hidden:
-      del modules["torch"]
-  return AutoTokenizer
 
 
 def _generation_stop_ids(path: Path) -> tuple[int, ...]:

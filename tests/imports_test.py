@@ -25,6 +25,7 @@ TOOLS = CORE | {"held_out", "checkpoint", "metrics", "export"}
 ALLOWED = {
   "__init__": set(),
   "errors": set(),
+  "imports": set(),
   "types": {"errors"},
   "config": {"errors", "types"},
   "parsing": {"errors", "config"},
@@ -34,7 +35,7 @@ ALLOWED = {
   "models": BASE,
   "sampling": BASE,
   "objectives": {"errors", "types", "parsing"},
-  "tokenizer": BASE,
+  "tokenizer": BASE | {"imports"},
   "templates": BASE | {"tokenizer"},
   "arith": {"errors", "config", "parsing"},
   "data": BASE | {"tokenizer", "templates", "arith"},
@@ -49,7 +50,7 @@ ALLOWED = {
   #
   "held_out": CORE,
   "checkpoint": CORE,
-  "metrics": CORE,
+  "metrics": CORE | {"imports"},
   "export": CORE | {"checkpoint"},
   #
   "setup": CORE | {"held_out"},
