@@ -14,6 +14,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from opd_jax import cli, programs
+from opd_jax.config import SourceConfig
+from opd_jax.data import sources
 from opd_jax.models import hf
 from tests import pair
 
@@ -97,7 +99,38 @@ BAD_CONFIGS = {
     ["objective gkd: beta", "[0, 1]", "1.5"],
   ),
   "no such model": (["student.path=nowhere"], ["'nowhere'", "give a folder"]),
-  "no such data": (["data.sources.texts.path=nowhere"], ["nowhere", "JSONL"]),
+  "no such data": (
+    ["data.sources.texts.path=nowhere"],
+    ["'nowhere'", "FILE.jsonl", "FILE.parquet", "tfds:NAME", "arith"],
+  ),
+  "no such file": (
+    ["data.sources.texts.path=nowhere.jsonl"],
+    ["nowhere.jsonl", "one object a line"],
+  ),
+  "no such dataset": (
+    ["data.sources.texts.path=tfds:nowhere"],
+    ["'nowhere'", "catalogue", "options.data_dir", "opd-jax dataset"],
+  ),
+  "split of a file": (
+    ["data.sources.texts.split=test"],
+    ["texts.jsonl is a file", "'test'", "leave out"],
+  ),
+  "no chat template": (
+    ["data.sources.texts.prompt.chat=True"],
+    ["student has no chat template", "prompt.chat", "chat_template.jinja"],
+  ),
+  "no chat template of the teacher": (
+    ["data.sources.texts.teacher_prompt={'chat': True}"],
+    ["teacher has no chat template", "prompt.chat"],
+  ),
+  "no such field for the teacher": (
+    ["data.sources.texts.teacher_prompt={'text': '{hint}'}"],
+    ["line 1", "no field 'hint'", "teacher_prompt.text"],
+  ),
+  "thinking without chat": (
+    ["data.sources.texts.prompt.thinking=True"],
+    ["prompt.thinking = True", "prompt.chat"],
+  ),
   "no such field": (
     ["data.sources.texts.prompt.text={prompt}"],
     ["line 1", "no field 'prompt'", "the row has text", "prompt.text"],
@@ -259,7 +292,7 @@ def test_a_bad_file_is_refused(damage, run, refused):
 @pytest.mark.parametrize(
   ("arguments", "parts"),
   [
-    (["tarin"], ["'tarin'", "train, generate, export"]),
+    (["tarin"], ["'tarin'", "train, generate, export, dataset"]),
     (["train"], ["--config and --workdir", "opd-jax train --help"]),
     (["train", "--config=a.py"], ["needs --workdir"]),
     (
@@ -269,6 +302,19 @@ def test_a_bad_file_is_refused(damage, run, refused):
     (["train", "--wrokdir=x"], ["'wrokdir'", "workdir"]),
     (["train", "x"], ["'x'", "--flag=value"]),
     (["generate", "--prompt=x"], ["needs --model"]),
+    (["dataset", "--name=x"], ["--jsonl and --data_dir"]),
+    (
+      ["dataset", "--jsonl=nowhere", "--name=x", "--data_dir=y"],
+      ["nowhere", "one object a line"],
+    ),
+    (
+      ["dataset", "--jsonl=nowhere", "--name=My-Data", "--data_dir=y"],
+      ["'My-Data'", "lower-case"],
+    ),
+    (
+      ["dataset", "--jsonl=x", f"--data_dir={__file__}", "--name=x"],
+      [__file__],
+    ),
     (["generate", "--dtype=float16"], ["float16", "float32|bfloat16"]),
     (["export", "--workdir=nowhere", "--out=new"], ["nowhere", "workdir"]),
     (["export", "--workdir=nowhere", "--out=tests"], ["tests", "another"]),
@@ -322,6 +368,18 @@ def test_a_run_its_export_and_another_run_in_its_folder(
   assert "new workdir" in line
 
 
+def test_a_dataset_of_a_file(run, capfd, tmp_path):
+  """What the command prints is a source that a config can name."""
+  command = ["dataset", f"--jsonl={run}/texts.jsonl", "--name=letters"]
+  assert cli.main([*command, f"--data_dir={tmp_path}/data"]) == 0
+  out, err = capfd.readouterr()
+  assert not err
+  words, _, source = out.strip().partition("; read it with ")
+  assert words == f"wrote train to {tmp_path}/data/letters/1.0.0"
+  rows = sources.read(SourceConfig(**json.loads(source)))
+  assert rows == sources.read(SourceConfig(path=f"{run}/texts.jsonl"))
+
+
 def test_importing_the_command_line_loads_nothing_heavy():
   script = (
     "import opd_jax.cli, sys; "
@@ -334,7 +392,7 @@ def test_importing_the_command_line_loads_nothing_heavy():
   assert result.stdout == "[]\n"
 
 
-@pytest.mark.parametrize("command", ["train", "generate", "export"])
+@pytest.mark.parametrize("command", cli.COMMANDS)
 def test_help_is_short_and_free_of_paths(command, capfd):
   assert cli.main([command, "--help"]) == 0
   out, err = capfd.readouterr()
