@@ -123,7 +123,7 @@ class PackedExamples(Iterator[PackedBatch]):
     self._digest = _digest(self._examples)
     starts = itertools.accumulate(counts, initial=0)
     self._order = order.endless(
-      [range(first, first + count) for first, count in zip(starts, counts)],
+      [range(*ends) for ends in itertools.pairwise(starts)],
       [source.weight for source in config.sources.values()],
       seed=seed,
       shuffle=config.shuffle,
