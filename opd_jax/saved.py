@@ -99,11 +99,12 @@ class Saved:
     """
     if self.workdir is None or self.config is None:
       raise ValueError(f"{self.source} is not the folder of a run")
+    if isinstance(self.config, SftConfig):
+      objective = sft.OBJECTIVE
+    else:
+      objective = objectives.create(self.config.objective)
     mesh = make_mesh({}, jax.devices("cpu")[:1])
     student = Model(self.architecture, Layout.create(mesh, TRAIN_RULES))
-    objective = sft.OBJECTIVE
-    if isinstance(self.config, RunConfig):
-      objective = objectives.create(self.config.objective)
     checkpoints = Checkpoints(self.workdir / CHECKPOINT_FOLDER, None)
     state, _ = checkpoints.restore(
       self.step,
@@ -167,7 +168,7 @@ def _step_number(checkpoints: Checkpoints, step: str) -> int | None:
       raise InputError(
         "no checkpoint of this run has an accuracy or a held-out loss, so none "
         "is the best; set eval.source or held_out.path in its config, or take "
-        "the latest step"
+        "--step=latest"
       )
     return best
   if not step.isdecimal():

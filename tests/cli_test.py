@@ -292,7 +292,7 @@ def test_a_bad_file_is_refused(damage, run, refused):
 @pytest.mark.parametrize(
   ("arguments", "parts"),
   [
-    (["tarin"], ["'tarin'", "train, generate, export, dataset"]),
+    (["tarin"], ["'tarin'", ", ".join(cli.COMMANDS)]),
     (["train"], ["--config and --workdir", "opd-jax train --help"]),
     (["train", "--config=a.py"], ["needs --workdir"]),
     (
@@ -315,6 +315,7 @@ def test_a_bad_file_is_refused(damage, run, refused):
       ["dataset", "--jsonl=x", f"--data_dir={__file__}", "--name=x"],
       [__file__],
     ),
+    (["eval", "--data=x"], ["needs --model"]),
     (["generate", "--dtype=float16"], ["float16", "float32|bfloat16"]),
     (["export", "--workdir=nowhere", "--out=new"], ["nowhere", "workdir"]),
     (["export", "--workdir=nowhere", "--out=tests"], ["tests", "another"]),

@@ -198,10 +198,8 @@ class PackedExamples(Iterator[PackedBatch]):
   def _open(self, window: int) -> None:
     """Packs the examples of a window, and stands before its first row."""
     size = min(_WINDOW, len(self._examples))
-    indices = [
-      int(self._order[place])
-      for place in range(window * size, (window + 1) * size)
-    ]
+    places = range(window * size, (window + 1) * size)
+    indices: list[Any] = [self._order[place] for place in places]
     lengths = [len(self._examples[index].ids) for index in indices]
     self._rows = [
       tuple(indices[place] for place in row)
