@@ -375,17 +375,20 @@ class EvalConfig:
 
   Attributes:
     source: the problems; None switches the evaluation off.
-    samples: k, completions per problem.
+    samples: completions per problem.
+    pass_at: the k of pass@k; None for the powers of two up to `samples`.
     verifier: "exact", "number", or "module:function" of your own.
     sampling: how completions are drawn; None takes the run's.
     seed: of the draws: the same seed gives the same completions.
-    batch: problems per call of the compiled sampler.
+    batch: problems per call of the compiled sampler; all their samples are
+      drawn at the same time.
     every: steps between evaluations; the start and the end always have one.
     teacher: evaluate the teacher too, once, before the first step.
   """
 
   source: SourceConfig | None = None
   samples: int = 4
+  pass_at: tuple[int, ...] | None = None
   verifier: str = "number"
   sampling: SamplingConfig | None = None
   seed: int = 0
@@ -397,6 +400,12 @@ class EvalConfig:
     for name in ("samples", "batch", "every"):
       value = getattr(self, name)
       require(value >= 1, f"eval.{name} must be >= 1, got {value}")
+    for k in self.pass_at or ():
+      require(
+        1 <= k <= self.samples,
+        f"eval.pass_at must be in [1, eval.samples = {self.samples}], got {k}: "
+        "pass@k needs k samples per problem; raise eval.samples, or lower k",
+      )
     require(
       0 <= self.seed < 2**31,
       f"eval.seed must be in [0, 2**31), got {self.seed}",

@@ -1,19 +1,25 @@
-"""Completions of prompts by a checkpoint, drawn as in training."""
+"""Completions of prompts by a model, drawn as in training."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from opd_jax import sampling, tokenizer
+from opd_jax import sampling
 from opd_jax.config import SamplingConfig
 from opd_jax.data import sources
 from opd_jax.errors import InputError
-from opd_jax.models import Model, ModelConfig, hf
-from opd_jax.sharding import DECODE_RULES, Layout, make_mesh
-from opd_jax.types import STOP_ID, PromptBatch
+from opd_jax.models import Model, ModelConfig
+from opd_jax.templates import Prompt
+from opd_jax.tokenizer import Tokenizer
+from opd_jax.types import STOP_ID, Params, PromptBatch, Rollout
+
+# A row's randomness has a number of 31 bits: the prompt's place in the lower
+# ones, the sample in the upper ones.
+MAX_PROMPTS = 2**20
+MAX_SAMPLES = 2**11
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,104 +41,202 @@ class Completion:
   stopped: bool
 
 
-def generate(
-  path: str,
-  prompts: Sequence[str],
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prompts:
+  """Prompts to complete, all of them checked; made by `prepare`.
+
+  Attributes:
+    prompts: texts and ids.
+    tokenizer: of the model.
+    sampling: how to draw, and how long.
+    stop_ids: end a completion.
+    vocab_size: ids that may be drawn.
+    samples: completions per prompt.
+    seed: of the draws.
+    batch: prompts per call of the compiled sampler.
+  """
+
+  prompts: tuple[Prompt, ...]
+  tokenizer: Tokenizer
+  sampling: SamplingConfig
+  stop_ids: tuple[int, ...]
+  vocab_size: int
+  samples: int
+  seed: int
+  batch: int
+
+
+def prepare(
+  prompts: Sequence[Prompt],
+  names: Sequence[str],
+  tokenizer: Tokenizer,
+  architecture: ModelConfig,
   config: SamplingConfig,
   *,
-  samples: int = 1,
-  seed: int = 0,
-  compute_dtype: str = "float32",
-  tensor: int = 1,
-) -> list[Completion]:
-  """Draws completions; those of a prompt follow each other.
+  samples: int,
+  seed: int,
+  batch: int,
+) -> Prompts:
+  """Checks all that could go wrong, on the host.
 
   Args:
-    path: a folder, or `org/name[@revision]` in the Hugging Face cache.
-    prompts: texts, encoded as the tokenizer does by itself.
+    prompts: to complete, at least one.
+    names: of the prompts, for messages: "prompt 'Once'".
+    tokenizer: of the model.
+    architecture: of the model.
     config: how to draw, and how long.
     samples: completions per prompt.
     seed: of the draws; the same seed gives the same tokens.
-    compute_dtype: of weights and activations.
-    tensor: devices the model is spread over.
+    batch: prompts per call of the compiled sampler.
 
   Raises:
-    InputError: bad checkpoint, empty prompt, a prompt too long, a value the
-      model or the devices rule out; nothing was placed on a device.
+    InputError: an empty prompt, one too long for the model, an id it does not
+      have, or a value that it rules out.
   """
-  architecture = hf.read_config(path)
-  hf.check(path, architecture)
-  tokens = tokenizer.load(hf.resolve(path))
+  vocab_size = min(architecture.vocab_size, tokenizer.id_count)
   stop_ids = config.stop_ids
   if stop_ids is None:
-    stop_ids = tokens.stop_ids
-  vocab_size = min(architecture.vocab_size, tokens.id_count)
+    stop_ids = tokenizer.stop_ids
   sampling.check(config, stop_ids, samples, vocab_size)
-  ids = _encode(prompts, tokens, config, architecture)
-  available = len(jax.devices())
-  if not 1 <= tensor <= available:
-    raise InputError(
-      f"tensor must be in [1, {available}] (the devices here), got {tensor}"
+  for what, count, limit in (
+    ("prompts", len(prompts), MAX_PROMPTS),
+    ("samples per prompt", samples, MAX_SAMPLES),
+  ):
+    if count > limit:
+      raise InputError(f"{what} must be at most {limit:,}, got {count:,}")
+  window = architecture.max_positions
+  for prompt, name in zip(prompts, names, strict=True):
+    length = len(prompt.ids)
+    if not length:
+      raise InputError(f"{name} has no token; write some text")
+    sources.check_ids(prompt.ids, architecture.vocab_size, name)
+    if length + config.max_new_tokens > window:
+      raise InputError(
+        f"{name} has {length} tokens: with max_new_tokens = "
+        f"{config.max_new_tokens} it exceeds the model's window of {window} "
+        "positions; shorten one of them"
+      )
+  return Prompts(
+    prompts=tuple(prompts),
+    tokenizer=tokenizer,
+    sampling=config,
+    stop_ids=stop_ids,
+    vocab_size=vocab_size,
+    samples=samples,
+    seed=seed,
+    batch=batch,
+  )
+
+
+class Generator:
+  """Completes the same prompts with whatever weights it is given.
+
+  A token depends on the weights, the prompt, the seed, the place of the prompt
+  among all, the number of the sample, and its index: not on the batch, the mesh
+  or how many samples there are. One program is compiled, at the first call.
+  """
+
+  def __init__(self, prompts: Prompts, model: Model):
+    """Compiles nothing yet.
+
+    Args:
+      prompts: from `prepare`.
+      model: in the decode layout.
+    """
+    self._prompts = prompts
+    self._model = model
+    self._compiled: Any = None
+    shards = model.layout.shards("batch")
+    batch = min(prompts.batch, len(prompts.prompts))
+    self._batch = -(-batch // shards) * shards
+    self._width = max(len(prompt.ids) for prompt in prompts.prompts)
+
+  def __call__(self, params: Params) -> Iterator[tuple[Completion, ...]]:
+    """The completions of each prompt in turn, `samples` at a time.
+
+    All processes call it, and see all completions.
+
+    Args:
+      params: of the model, in its layout.
+    """
+    count = len(self._prompts.prompts)
+    before: tuple[range, Rollout] | None = None
+    for start in range(0, count, self._batch):
+      # The last batch is filled up with its last prompt, so that the rows of
+      # padding end when others do.
+      picked = range(start, min(start + self._batch, count))
+      padded = [*picked, *[picked[-1]] * (self._batch - len(picked))]
+      drawn = self._draw(params, padded)
+      # The devices draw while the host reads the batch before.
+      if before is not None:
+        yield from self._read(*before)
+      before = picked, drawn
+    if before is not None:
+      yield from self._read(*before)
+
+  def _draw(self, params: Params, picked: Sequence[int]) -> Rollout:
+    tokens = np.zeros((len(picked), self._width), np.int32)
+    for slot, index in enumerate(picked):
+      ids = self._prompts.prompts[index].ids
+      tokens[slot, : len(ids)] = ids
+    lengths = np.array(
+      [len(self._prompts.prompts[index].ids) for index in picked], np.int32
     )
-  mesh = make_mesh({"tensor": tensor}, jax.devices()[:tensor])
-  model = Model(architecture, Layout.create(mesh, DECODE_RULES), compute_dtype)
-  model.abstract_params()
-  params = hf.load(path, model, compute_dtype)
-  draw = jax.jit(
-    lambda params, batch: sampling.sample(
-      model,
+    samples = np.arange(self._prompts.samples, dtype=np.int32)
+    rows = np.asarray(picked, np.int32)[:, None] + MAX_PROMPTS * samples
+    batch = PromptBatch(
+      tokens=self._place(tokens), lengths=self._place(lengths)
+    )
+    arguments = (params, batch, self._place(rows.reshape(-1)))
+    if self._compiled is None:
+      self._compiled = (
+        jax.jit(self._sample, out_shardings=self._model.layout.replicated())
+        .lower(*arguments)
+        .compile()
+      )
+    return self._compiled(*arguments)
+
+  def _sample(self, params: Params, batch: PromptBatch, rows: Any) -> Rollout:
+    prompts = self._prompts
+    return sampling.sample(
+      self._model,
       params,
       batch,
-      config=config,
-      stop_ids=stop_ids,
-      rollouts=samples,
-      key=jax.random.key(seed),
-      vocab_size=vocab_size,
+      config=prompts.sampling,
+      stop_ids=prompts.stop_ids,
+      rollouts=prompts.samples,
+      key=jax.random.key(prompts.seed),
+      vocab_size=prompts.vocab_size,
+      rows=rows,
     )
-  )
-  rollout = jax.device_get(draw(params, _batch(ids)))
-  completions = []
-  for row, mask in enumerate(rollout.sampled_mask):
-    drawn = rollout.tokens[row][mask].tolist()
-    completions.append(
-      Completion(
-        prompt=prompts[row // samples],
-        text=tokens.decode_after(ids[row // samples], drawn),
-        tokens=tuple(drawn),
-        logprobs=tuple(rollout.behavior_logprobs[row][mask].tolist()),
-        stopped=bool(rollout.stop_reason[row] == STOP_ID),
-      )
+
+  def _place(self, array: np.ndarray) -> jax.Array:
+    axes = ("batch",) + (None,) * (array.ndim - 1)
+    return jax.make_array_from_callback(
+      array.shape, self._model.layout.sharding(axes), lambda index: array[index]
     )
-  return completions
 
-
-def _encode(
-  prompts: Sequence[str],
-  tokens: tokenizer.Tokenizer,
-  config: SamplingConfig,
-  architecture: ModelConfig,
-) -> list[list[int]]:
-  window = architecture.max_positions
-  ids = [tokens.encode(prompt) for prompt in prompts]
-  for prompt, found in zip(prompts, ids, strict=True):
-    if not found:
-      raise InputError(f"prompt {prompt!r} has no token; write some text")
-    sources.check_ids(found, architecture.vocab_size, f"prompt {prompt[:40]!r}")
-    if len(found) + config.max_new_tokens > window:
-      raise InputError(
-        f"a prompt of {len(found)} tokens and max_new_tokens = "
-        f"{config.max_new_tokens} exceed the model's window of {window} "
-        f"positions: {prompt[:40]!r}; shorten one of them"
+  def _read(
+    self, picked: range, rollout: Rollout
+  ) -> Iterator[tuple[Completion, ...]]:
+    rollout = jax.device_get(rollout)
+    samples = self._prompts.samples
+    for slot, index in enumerate(picked):
+      prompt = self._prompts.prompts[index]
+      yield tuple(
+        self._completion(prompt, rollout, row)
+        for row in range(slot * samples, (slot + 1) * samples)
       )
-  return ids
 
-
-def _batch(ids: Sequence[Sequence[int]]) -> PromptBatch:
-  width = max(map(len, ids))
-  padded = np.zeros((len(ids), width), np.int32)
-  for row, found in enumerate(ids):
-    padded[row, : len(found)] = found
-  return PromptBatch(
-    tokens=jnp.asarray(padded),
-    lengths=jnp.asarray([len(found) for found in ids], jnp.int32),
-  )
+  def _completion(
+    self, prompt: Prompt, rollout: Rollout, row: int
+  ) -> Completion:
+    mask = np.asarray(rollout.sampled_mask[row])
+    drawn = np.asarray(rollout.tokens[row])[mask].tolist()
+    return Completion(
+      prompt=prompt.text,
+      text=self._prompts.tokenizer.decode_after(prompt.ids, drawn),
+      tokens=tuple(drawn),
+      logprobs=tuple(np.asarray(rollout.behavior_logprobs[row])[mask].tolist()),
+      stopped=bool(rollout.stop_reason[row] == STOP_ID),
+    )

@@ -27,13 +27,27 @@ def load(
 
   Args:
     cls: what the command wants: `RunConfig` or `SftConfig`.
-    location: "FILE.py", or "FILE.py:ARG" for `get_config(ARG)`.
+    location: see `read`.
     overrides: "dotted.key=value" each, set after the file has been read. A
       value is a Python literal, or else a string.
 
   Raises:
-    InputError: no such file, a file that does not run or gives no config, or
-      whatever `parse` complains about.
+    InputError: what `read` or `parse` complain about.
+  """
+  values = read(location)
+  for override in overrides:
+    _override(values, override)
+  return parse(cls, values)
+
+
+def read(location: str) -> dict[str, Any]:
+  """The nested dicts that a Python file defines by `get_config`, unchecked.
+
+  Args:
+    location: "FILE.py", or "FILE.py:ARG" for `get_config(ARG)`.
+
+  Raises:
+    InputError: no such file, or a file that does not run or gives no config.
   """
   path, _, argument = location.partition(":")
   if not Path(path).is_file():
@@ -54,10 +68,7 @@ def load(
       f"get_config of {path} must return a ConfigDict or a dict, got "
       f"{type(values).__name__}"
     )
-  values = _plain(values)
-  for override in overrides:
-    _override(values, override)
-  return parse(cls, values)
+  return _plain(values)
 
 
 def _plain(values: Any) -> Any:

@@ -64,7 +64,7 @@ class Step(Update):
     )
     return sampling.sample(
       self.decoder,
-      self._decode_params(params),
+      self.decoder.working_copy(params),
       prompts,
       config=self.sampling,
       stop_ids=self.stop_ids,
@@ -134,22 +134,6 @@ class Step(Update):
 
   def _key(self, step: Int[Array, ""]) -> Key[Array, ""]:
     return jax.random.fold_in(jax.random.key(self.seed), step)
-
-  def _decode_params(self, params: Params) -> Params:
-    """The compute-dtype copy in the decode layout: gathered here, once."""
-    places = self.decoder.layout.tree_shardings(
-      self.decoder.logical_axes(), params
-    )
-
-    def cast(path: Any, leaf: Array) -> Array:
-      # Norms are applied in float32: rounding their scales would only add to
-      # the mismatch between decoding and scoring.
-      if path[-1].key == "scale":
-        return leaf
-      return leaf.astype(self.decoder.compute_dtype)
-
-    copy = jax.tree_util.tree_map_with_path(cast, params)
-    return jax.lax.with_sharding_constraint(copy, places)
 
 
 def rollout_metrics(rollout: Rollout) -> Metrics:

@@ -27,7 +27,8 @@ CORE = PARTS | {
   "programs",
   "flops",
 }
-TOOLS = CORE | {"held_out", "checkpoint", "metrics", "export", "meter"}
+MEASURES = {"held_out", "verifiers", "estimates", "generate", "evaluate"}
+TOOLS = CORE | MEASURES | {"checkpoint", "metrics", "export", "meter"}
 RUN = TOOLS | {"setup", "task", "interrupts", "loop"}
 
 # module: what of opd_jax it may import.
@@ -57,7 +58,11 @@ ALLOWED = {
   "step": PARTS | {"scoring", "gradient", "optim", "update"},
   "programs": {"types", "step", "update"},
   #
+  "verifiers": {"errors"},
+  "estimates": set(),
   "held_out": CORE,
+  "generate": PARTS,
+  "evaluate": PARTS | {"verifiers", "estimates", "generate"},
   "checkpoint": CORE,
   "metrics": CORE,
   "export": CORE | {"checkpoint"},
@@ -69,18 +74,10 @@ ALLOWED = {
   "loop": TOOLS | {"task", "interrupts"},
   "train": RUN,
   "sft": RUN,
-  "generate": PARTS,
-  "run_export": RUN | {"sft"},
+  "saved": RUN | {"sft"},
+  "run_export": TOOLS | {"saved"},
   #
-  "cli": {
-    "errors",
-    "config",
-    "parsing",
-    "train",
-    "sft",
-    "generate",
-    "run_export",
-  },
+  "cli": BASE | TEXT | MEASURES | {"train", "sft", "saved", "run_export"},
 }
 
 # Third-party package: the only modules that may import it.

@@ -19,15 +19,17 @@ USAGE = """usage: opd-jax COMMAND [--flag=value ...]
             distil a student; run again to resume
   sft       --config=FILE.py[:ARG] --workdir=DIR [--config.KEY=VALUE ...]
             fine-tune on given completions; run again to resume
+  eval      --model=DIR [--data=FILE --verifier=number --samples=8 ...]
+            how often a checkpoint or a run is right, with intervals
   generate  --model=DIR --prompt=TEXT [--prompt=TEXT ...]
-            complete prompts
+            complete prompts, or with --data and --out all rows of a source
   export    --workdir=DIR --out=DIR [--step=latest|best|N]
             write a checkpoint of a run as a Hugging Face model
 
 opd-jax COMMAND --help lists the flags of a command.
 """
 
-COMMANDS = ("train", "sft", "generate", "export")
+COMMANDS = ("train", "sft", "eval", "generate", "export")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

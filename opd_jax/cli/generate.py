@@ -1,62 +1,158 @@
-"""`opd-jax generate`: complete prompts."""
+"""`opd-jax generate`: complete prompts, or all rows of a source."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from opd_jax.cli import drawing
 from opd_jax.cli.flags import check_file, new, parse, write
 from opd_jax.errors import InputError
+
+_BATCH = 64
 
 
 def run(arguments: Sequence[str]) -> int:
   """Runs the command; returns the exit status."""
-  from absl import flags
-
-  values = new()
-  options: dict[str, Any] = {"flag_values": values}
-  flags.DEFINE_string("model", None, "checkpoint: DIR or org/name", **options)
-  flags.DEFINE_multi_string("prompt", None, "text to complete", **options)
-  flags.DEFINE_integer("max_new_tokens", 128, "tokens at most", **options)
-  flags.DEFINE_float(
-    "temperature", 1.0, "divides the logits; 0 is greedy", **options
-  )
-  flags.DEFINE_integer("top_k", None, "likeliest k tokens only", **options)
-  flags.DEFINE_float("top_p", None, "nucleus of this mass only", **options)
-  flags.DEFINE_float("min_p", None, "least share of the top mass", **options)
-  flags.DEFINE_integer("samples", 1, "completions per prompt", **options)
-  flags.DEFINE_integer("seed", 0, "of the draws", **options)
-  flags.DEFINE_integer("tensor", 1, "devices to spread over", **options)
-  flags.DEFINE_enum(
-    "dtype", "float32", ["float32", "bfloat16"], "to compute in", **options
-  )
-  flags.DEFINE_string(
-    "json", None, "file to write tokens and logprobs to", **options
-  )
-  if not parse(values, "generate", arguments, required=("model", "prompt")):
+  values = _flags()
+  if not parse(values, "generate", arguments, required=("model",)):
     return 0
-  from opd_jax import parsing
-  from opd_jax.config import SamplingConfig
+  _check(values)
+  from opd_jax import generate, saved, templates
+  from opd_jax.generate import Generator
 
-  names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p")
-  sampling = parsing.parse(
-    SamplingConfig, {name: values[name].value for name in names}
+  found = saved.find(values.model, values.step)
+  tokenizer = found.tokenizer()
+  if values.data:
+    rows, prompts, names = _rows(values, tokenizer)
+  else:
+    rows = []
+    prompts = [
+      templates.Prompt(text=text, ids=tuple(tokenizer.encode(text)))
+      for text in values.prompt
+    ]
+    names = [f"prompt {text[:40]!r}" for text in values.prompt]
+  prepared = generate.prepare(
+    prompts,
+    names,
+    tokenizer,
+    found.architecture,
+    drawing.sampling(values, drawing.run_sampling(found.config)),
+    samples=1 if values.samples is None else values.samples,
+    seed=values.seed or 0,
+    batch=values.batch or _BATCH,
   )
-  if values.samples < 1:
-    raise InputError(f"--samples must be >= 1, got {values.samples}")
-  if values.json:
-    check_file("--json", values.json)
-  from opd_jax import generate
-
-  completions = generate.generate(
-    values.model,
-    values.prompt,
-    sampling,
-    samples=values.samples,
-    seed=values.seed,
-    compute_dtype=values.dtype,
-    tensor=values.tensor,
+  model = found.decoder(
+    drawing.dtype(values, found.config),
+    values.tensor,
+    min(len(prompts), prepared.batch),
   )
+  drawn = Generator(prepared, model)(found.load(model))
+  if values.data:
+    drawn = drawing.watch(drawn, len(prompts), "prompts")
+    _write_rows(values.out, _completed(rows, drawn, values.stopped_only))
+    return 0
+  completions = [one for group in drawn for one in group]
   for completion in completions:
     print(f"{completion.prompt}{completion.text}")
   if values.json:
     write(values.json, [vars(completion) for completion in completions])
   return 0
+
+
+def _flags() -> Any:
+  from absl import flags
+
+  values = new()
+  options: dict[str, Any] = {"flag_values": values}
+  drawing.define(values, samples="1")
+  flags.DEFINE_multi_string(
+    "prompt",
+    None,
+    "text to complete; with --data one template: {question}",
+    **options,
+  )
+  flags.DEFINE_string(
+    "json", None, "file to write tokens and logprobs to", **options
+  )
+  flags.DEFINE_string(
+    "out",
+    None,
+    "with --data: JSONL file to write, a completion a line",
+    **options,
+  )
+  flags.DEFINE_boolean(
+    "stopped_only", False, "leave out completions cut at the limit", **options
+  )
+  return values
+
+
+def _check(values: Any) -> None:
+  if not values.data and not values.prompt:
+    raise InputError(
+      "generate needs --prompt=TEXT, or --data=FILE and --out=FILE; see "
+      "opd-jax generate --help"
+    )
+  for flag, other, wrong in (
+    ("--data", "--out", bool(values.data) and not values.out),
+    ("--out", "--data", bool(values.out) and not values.data),
+  ):
+    if wrong:
+      raise InputError(f"generate: {flag} needs {other} too")
+  if values.data and len(values.prompt or ()) > 1:
+    raise InputError(
+      "generate: with --data there is one --prompt, the template of all rows, "
+      f"got {len(values.prompt)}"
+    )
+  for name in ("json", "out"):
+    if values[name].value:
+      check_file(f"--{name}", values[name].value)
+  for name in ("samples", "batch"):
+    value = values[name].value
+    if value is not None and value < 1:
+      raise InputError(f"--{name} must be >= 1, got {value}")
+
+
+def _rows(values: Any, tokenizer: Any) -> tuple[list[Any], ...]:
+  """The rows of --data, their prompts, and names of these."""
+  from opd_jax import templates
+  from opd_jax.data import sources
+
+  (template,) = values.prompt or (None,)
+  source = drawing.source(values, None, template)
+  rows = sources.read(source)
+  names = [sources.where(source, index) for index in range(len(rows))]
+  prompts = [
+    templates.prompt(source.prompt, row, tokenizer, name)
+    for row, name in zip(rows, names, strict=True)
+  ]
+  return rows, prompts, [f"the prompt of {name}" for name in names]
+
+
+def _completed(
+  rows: Sequence[Mapping[str, Any]], drawn: Any, stopped_only: bool
+) -> Iterator[Mapping[str, Any]]:
+  """Each row with each of its completions."""
+  for row, completions in zip(rows, drawn, strict=True):
+    for one in completions:
+      if one.stopped or not stopped_only:
+        yield {
+          "prompt": one.prompt,
+          **row,
+          "completion": one.text,
+          "stopped": one.stopped,
+          "logprob": sum(one.logprobs),
+        }
+
+
+def _write_rows(path: str, rows: Iterator[Mapping[str, Any]]) -> None:
+  """One object a line; the file appears when it is complete."""
+  Path(path).parent.mkdir(parents=True, exist_ok=True)
+  partial = Path(f"{path}.partial")
+  count = 0
+  with partial.open("w", encoding="utf-8") as file:
+    for row in rows:
+      file.write(json.dumps(row, ensure_ascii=False) + "\n")
+      count += 1
+  partial.replace(path)
+  print(f"wrote {count} completions to {path}")

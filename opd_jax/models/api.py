@@ -76,6 +76,35 @@ class Model:
 
     return jax.jit(make, out_shardings=shardings)(key)
 
+  def working_copy(self, params: Params) -> Params:
+    """Weights in the compute dtype and in this layout; for use inside jit.
+
+    Scales of norms keep their dtype: they are applied in float32, and rounding
+    them would only add to the mismatch between decoding and scoring.
+    """
+
+    def cast(path: Any, leaf: Array) -> Array:
+      if path[-1].key == "scale":
+        return leaf
+      return leaf.astype(self.compute_dtype)
+
+    places = self.layout.tree_shardings(self.logical_axes(), params)
+    copy = jax.tree_util.tree_map_with_path(cast, params)
+    return jax.lax.with_sharding_constraint(copy, places)
+
+  def is_working_copy(self, params: Params) -> bool:
+    """Whether `working_copy` would change neither dtype nor place."""
+    places = self.layout.tree_shardings(self.logical_axes(), params)
+    found = jax.tree_util.tree_map_with_path(
+      lambda path, leaf, place: (
+        (path[-1].key == "scale" or leaf.dtype == self.compute_dtype)
+        and leaf.sharding.is_equivalent_to(place, leaf.ndim)
+      ),
+      params,
+      places,
+    )
+    return all(jax.tree.leaves(found))
+
   def split_head(self, params: Params) -> tuple[Params, Params]:
     """What `hidden` reads, and what `logits` reads.
 

@@ -1,0 +1,188 @@
+"""What sampled answers say of a model, and how sure that is.
+
+Every estimate is a mean over problems of a number in [0, 1] per problem. The
+problems are the independent draws, their samples are not: a hard problem stays
+hard. So an interval is about the model on problems of this kind, and more
+samples narrow it only as far as the problems agree.
+"""
+
+import functools
+import math
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float
+from scipy.special import stdtrit
+
+
+class Interval(NamedTuple):
+  """A 95 % confidence interval."""
+
+  low: float
+  high: float
+
+
+def pass_at(right: Bool[np.ndarray, "N n"], k: int) -> Float[np.ndarray, " N"]:
+  """The chance that one of k samples is right, per problem; unbiased.
+
+  1 - C(n - c, k) / C(n, k), c of n samples being right: equation 1 of
+  arXiv:2107.03374. For k = n it is 1 or 0.
+
+  Args:
+    right: of n samples of N problems.
+    k: in [1, n].
+  """
+  n = _check(right.shape[1], k)
+  table = [1 - math.comb(n - c, k) / math.comb(n, k) for c in range(n + 1)]
+  return np.array(table)[right.sum(axis=1)]
+
+
+def majority_at(
+  votes: Sequence[Sequence[Hashable]], right: Bool[np.ndarray, "N n"], k: int
+) -> Float[np.ndarray, " N"]:
+  """The chance that the majority of k samples is right, per problem; exact.
+
+  The mean over all subsets of k of the n samples. The answer given most often
+  wins; of answers given equally often each wins with the same chance. Samples
+  without an answer do not vote; without any vote the majority is wrong.
+
+  Args:
+    votes: the answer of every sample, None for none.
+    right: of n samples of N problems. Where samples of one answer differ, their
+      mean counts.
+    k: in [1, n].
+  """
+  n = _check(right.shape[1], k)
+  result = np.zeros(len(votes))
+  for problem, (row, marks) in enumerate(zip(votes, right, strict=True)):
+    counts = Counter(vote for vote in row if vote is not None)
+    correct = Counter()
+    for vote, mark in zip(row, marks, strict=True):
+      correct[vote] += int(mark)
+    sizes = tuple(sorted(counts.values()))
+    wins = _wins(sizes, n - sum(sizes), k)
+    result[problem] = sum(
+      wins[size] * correct[vote] / size for vote, size in counts.items()
+    )
+  return result
+
+
+def _check(n: int, k: int) -> int:
+  if not 1 <= k <= n:
+    raise ValueError(f"k must be in [1, {n}], the samples, got {k}")
+  return n
+
+
+@functools.lru_cache(maxsize=100_000)
+def _wins(sizes: tuple[int, ...], silent: int, k: int) -> dict[int, float]:
+  """The chance to win of an answer that `size` samples gave, by size.
+
+  Args:
+    sizes: how many samples gave each answer.
+    silent: samples without one.
+    k: size of the subsets.
+  """
+  total = math.comb(sum(sizes) + silent, k)
+  wins = {}
+  for size in set(sizes):
+    others = list(sizes)
+    others.remove(size)
+    chance = 0.0
+    for most in range(1, min(size, k) + 1):
+      # ways[s, t]: to draw s samples of the others, `most` of each of t
+      # answers and fewer of the rest.
+      ways = np.zeros((k + 1, len(others) + 1))
+      ways[: silent + 1, 0] = [math.comb(silent, s) for s in range(k + 1)][
+        : silent + 1
+      ]
+      for other in others:
+        ways = _draw(ways, other, most)
+      ties = 1 + np.arange(len(others) + 1)
+      chance += math.comb(size, most) * float(np.sum(ways[k - most] / ties))
+    wins[size] = chance / total
+  return wins
+
+
+def _draw(
+  ways: Float[np.ndarray, "s t"], size: int, most: int
+) -> Float[np.ndarray, "s t"]:
+  """`ways` with one more answer, given by `size` samples."""
+  result = ways.copy()
+  for drawn in range(1, min(size, most, len(ways) - 1) + 1):
+    more = math.comb(size, drawn) * ways[:-drawn]
+    if drawn < most:
+      result[drawn:] += more
+    else:
+      result[drawn:, 1:] += more[:, :-1]
+  return result
+
+
+def interval(values: Float[np.ndarray, " N"], samples: int) -> Interval:
+  """95 % for the mean over all problems of this kind; never of width 0.
+
+  Wilson's interval for n independent answers, n being how many of them would
+  leave the variance that the mean over the problems has: p (1 - p) over that
+  variance. It is N where the samples of every problem agree (then this is
+  Wilson's interval for N answers), and N x samples where problems do not
+  matter. The quantile is Student's in so far as the variance is estimated:
+  with (N - 1) / (1 - s^2 / (p (1 - p))) degrees of freedom, s^2 being the
+  variance between the problems' values.
+
+  In simulations (`tests/estimates_test.py`) it covers at 95 +- 1.5 % from 30
+  problems on, if n p and n (1 - p) are at least 9. With fewer right (or wrong)
+  answers than that it may cover less: 88 % in the worst case tried.
+
+  Args:
+    values: per problem, in [0, 1].
+    samples: per problem.
+
+  Returns:
+    Its ends. (0, 1) for a single problem, which says nothing of others.
+  """
+  count = len(values)
+  if count == 1:
+    return Interval(0.0, 1.0)
+  mean = float(np.mean(values))
+  spread = mean * (1 - mean)
+  variance = float(np.var(values))
+  # Rounding alone must not look like a variance.
+  if spread < 1e-12:
+    effective, estimated = float(count), 0.0
+  else:
+    estimated = max(1 - variance / spread, 0.0)
+    of_mean = variance / (count - estimated)
+    effective = spread / max(of_mean, spread / (count * samples))
+  freedom = (count - 1) / max(estimated, 1e-9)
+  squared = float(stdtrit(freedom, 0.975)) ** 2 / effective
+  center = (mean + squared / 2) / (1 + squared)
+  half = math.sqrt(squared * (spread + squared / 4)) / (1 + squared)
+  return Interval(max(center - half, 0.0), min(center + half, 1.0))
+
+
+def difference(
+  before: Float[np.ndarray, " N"], after: Float[np.ndarray, " N"], samples: int
+) -> tuple[float, Interval]:
+  """The mean of after - before on the same problems, and 95 % for it.
+
+  Student's interval over the problems' differences. So that it is never of
+  width 0, one problem is added whose difference is 1 / samples in either
+  direction, half of it each; for many problems that is nothing.
+
+  Args:
+    before: per problem, in [0, 1].
+    after: on the same problems in the same order.
+    samples: per problem.
+
+  Returns:
+    The mean, and the ends. (-1, 1) for a single problem.
+  """
+  differences = np.asarray(after, float) - np.asarray(before, float)
+  mean = float(np.mean(differences))
+  count = len(differences)
+  if count == 1:
+    return mean, Interval(-1.0, 1.0)
+  squares = float(np.sum((differences - mean) ** 2)) + 1 / samples**2
+  half = float(stdtrit(count, 0.975)) * math.sqrt(squares / count / (count + 1))
+  return mean, Interval(max(mean - half, -1.0), min(mean + half, 1.0))

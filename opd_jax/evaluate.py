@@ -1,0 +1,265 @@
+"""Evaluation by sampled answers: how often is a model right?"""
+
+import dataclasses
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Float
+
+from opd_jax import estimates, generate, templates, verifiers
+from opd_jax.config import EvalConfig, SamplingConfig, TemplateConfig
+from opd_jax.data import sources
+from opd_jax.errors import InputError
+from opd_jax.estimates import Interval
+from opd_jax.generate import Completion, Generator
+from opd_jax.models import Model, ModelConfig
+from opd_jax.tokenizer import Tokenizer
+from opd_jax.types import Params
+from opd_jax.verifiers import Verifier
+
+# The completions of one problem.
+Drawn = tuple[Completion, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Problems:
+  """What is asked, and what is right; made by `prepare`.
+
+  Attributes:
+    config: of the evaluation.
+    prompts: of the problems, and how to complete them.
+    answers: that the verifier gets, one per problem.
+    names: of the rows, for messages.
+    verifier: says what is right.
+  """
+
+  config: EvalConfig
+  prompts: generate.Prompts
+  answers: tuple[str, ...]
+  names: tuple[str, ...]
+  verifier: Verifier
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Estimate:
+  """A mean over problems.
+
+  Attributes:
+    value: in [0, 1].
+    interval: 95 %, for problems of this kind; see `estimates.interval`.
+  """
+
+  value: float
+  interval: Interval
+
+
+def prepare(
+  config: EvalConfig,
+  sampling: SamplingConfig,
+  tokenizer: Tokenizer,
+  architecture: ModelConfig,
+  template: TemplateConfig | None = None,
+) -> Problems:
+  """Reads and checks all that an evaluation needs, on the host.
+
+  The verifier is tried on an empty completion of every problem.
+
+  Args:
+    config: what to evaluate on; its source is set.
+    sampling: how to draw where the config does not say.
+    tokenizer: of the model.
+    architecture: of the model.
+    template: of the prompts, in place of the source's own: a teacher's.
+
+  Raises:
+    InputError: bad source, template, verifier or prompt.
+  """
+  if config.source is None:
+    raise ValueError("eval.source is None: there is nothing to evaluate on")
+  source = config.source
+  verifier = verifiers.load(config.verifier)
+  prompts, answers, names = [], [], []
+  for index, row in enumerate(sources.read(source)):
+    where = sources.where(source, index)
+    names.append(where)
+    prompts.append(
+      templates.prompt(template or source.prompt, row, tokenizer, where)
+    )
+    answers.append(templates.fill(source.answer, row, where))
+    verifier.score("", answers[-1], where)
+    if verifier.vote is not None:
+      verifier.vote_of("", where)
+  if not prompts:
+    raise InputError(
+      f"{source.path} has no rows to evaluate on; name another source or split"
+    )
+  return Problems(
+    config=config,
+    prompts=generate.prepare(
+      prompts,
+      [f"the prompt of {name}" for name in names],
+      tokenizer,
+      architecture,
+      config.sampling or sampling,
+      samples=config.samples,
+      seed=config.seed,
+      batch=config.batch,
+    ),
+    answers=tuple(answers),
+    names=tuple(names),
+    verifier=verifier,
+  )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Report:
+  """What became of the problems.
+
+  Attributes:
+    problems: what was asked.
+    completions: `samples` per problem.
+    scores: of the verifier, in [0, 1].
+  """
+
+  problems: Problems
+  completions: tuple[tuple[Completion, ...], ...]
+  scores: Float[np.ndarray, "N k"]
+
+  @property
+  def right(self) -> Bool[np.ndarray, "N k"]:
+    """The samples of full score."""
+    return self.scores == 1
+
+  def estimates(self) -> dict[str, Estimate]:
+    """avg@k, pass@k and maj@k by name; maj@k where the verifier can vote."""
+    config = self.problems.config
+    samples = config.samples
+    values = {f"avg@{samples}": self.scores.mean(axis=1)}
+    for k in _pass_at(config):
+      values[f"pass@{k}"] = estimates.pass_at(self.right, k)
+    votes = self._votes()
+    if votes is not None:
+      values[f"maj@{samples}"] = estimates.majority_at(
+        votes, self.right, samples
+      )
+    return {
+      name: Estimate(
+        value=float(np.mean(found)),
+        interval=estimates.interval(found, samples),
+      )
+      for name, found in values.items()
+    }
+
+  def metrics(self) -> dict[str, float]:
+    """For the log.
+
+    `eval/accuracy` is avg@k, the mean score; `eval/accuracy_low` and
+    `eval/accuracy_high` are its interval; then `eval/pass_at_K` and
+    `eval/maj_at_K`; `eval/truncated` is the fraction that ran into the length
+    limit, `eval/length_mean` in tokens, stop ids included.
+    """
+    (_, accuracy), *others = self.estimates().items()
+    metrics = {
+      "eval/accuracy": accuracy.value,
+      "eval/accuracy_low": accuracy.interval.low,
+      "eval/accuracy_high": accuracy.interval.high,
+    }
+    for name, estimate in others:
+      metrics[f"eval/{name.replace('@', '_at_')}"] = estimate.value
+    drawn = [one for group in self.completions for one in group]
+    truncated = [not one.stopped for one in drawn]
+    metrics["eval/truncated"] = float(np.mean(truncated))
+    metrics["eval/length_mean"] = float(
+      np.mean([len(one.tokens) for one in drawn])
+    )
+    return metrics
+
+  def rows(self) -> Iterator[Mapping[str, Any]]:
+    """Each problem with its completions, as JSON."""
+    for prompt, answer, completions, scores in zip(
+      self.problems.prompts.prompts,
+      self.problems.answers,
+      self.completions,
+      self.scores.tolist(),
+      strict=True,
+    ):
+      yield {
+        "prompt": prompt.text,
+        "answer": answer,
+        "completions": [
+          {
+            "text": one.text,
+            "score": score,
+            "stopped": one.stopped,
+            "tokens": len(one.tokens),
+          }
+          for one, score in zip(completions, scores, strict=True)
+        ],
+      }
+
+  def _votes(self) -> list[list[Hashable]] | None:
+    verifier = self.problems.verifier
+    if verifier.vote is None:
+      return None
+    return [
+      [verifier.vote_of(one.text, name) for one in completions]
+      for name, completions in zip(
+        self.problems.names, self.completions, strict=True
+      )
+    ]
+
+
+def _pass_at(config: EvalConfig) -> tuple[int, ...]:
+  if config.pass_at is not None:
+    return config.pass_at
+  return tuple(2**power for power in range(config.samples.bit_length()))
+
+
+class Evaluator:
+  """Asks a model the same problems with whatever weights it is given.
+
+  The same weights give the same report, on every mesh. Compiles at the first
+  call. All processes call it, and get the whole report.
+  """
+
+  def __init__(self, problems: Problems, model: Model):
+    """Compiles nothing yet.
+
+    Args:
+      problems: from `prepare`.
+      model: in the decode layout.
+    """
+    self._problems = problems
+    self._model = model
+    self._generator = Generator(problems.prompts, model)
+    places = jax.tree.map(lambda leaf: leaf.sharding, model.abstract_params())
+    self._copy = jax.jit(model.working_copy, out_shardings=places)
+
+  def __call__(
+    self,
+    params: Params,
+    watch: Callable[[Iterable[Drawn]], Iterable[Drawn]] = iter,
+  ) -> Report:
+    """Draws all completions and has them verified.
+
+    Args:
+      params: of the model, in any layout of its mesh, float32 or in its
+        compute dtype.
+      watch: sees the completions of one problem after the other go by; for a
+        progress bar.
+    """
+    if not self._model.is_working_copy(params):
+      params = self._copy(params)
+    problems = self._problems
+    completions = tuple(watch(self._generator(params)))
+    scores = [
+      [problems.verifier.score(one.text, answer, name) for one in group]
+      for group, answer, name in zip(
+        completions, problems.answers, problems.names, strict=True
+      )
+    ]
+    return Report(
+      problems=problems, completions=completions, scores=np.array(scores)
+    )

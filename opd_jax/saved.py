@@ -1,0 +1,176 @@
+"""A model on disk: a Hugging Face checkpoint, or the folder of a run."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from opd_jax import objectives, optim, sft, tokenizer
+from opd_jax.checkpoint import Checkpoints
+from opd_jax.config import RunConfig, SftConfig
+from opd_jax.errors import InputError
+from opd_jax.loop import CHECKPOINT_FOLDER
+from opd_jax.models import Model, ModelConfig, hf
+from opd_jax.parsing import parse
+from opd_jax.sharding import DECODE_RULES, TRAIN_RULES, Layout, make_mesh
+from opd_jax.tokenizer import Tokenizer
+from opd_jax.types import Params, TrainState
+from opd_jax.update import abstract_state
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Saved:
+  """A model that could be loaded; made by `find`.
+
+  Attributes:
+    source: the Hugging Face checkpoint with its config.json and tokenizer: for
+      a run, that of the student.
+    architecture: of the model.
+    workdir: of the run; None for a Hugging Face checkpoint.
+    config: of the run; None likewise.
+    step: of the run's checkpoint; None likewise.
+  """
+
+  source: str
+  architecture: ModelConfig
+  workdir: Path | None = None
+  config: RunConfig | SftConfig | None = None
+  step: int | None = None
+
+  def tokenizer(self) -> Tokenizer:
+    """Its tokenizer.
+
+    Raises:
+      InputError: there is none, or one that cannot be read.
+    """
+    return tokenizer.load(hf.resolve(self.source))
+
+  def decoder(self, compute_dtype: str, tensor: int, rows: int) -> Model:
+    """The model in the decode layout on the devices here.
+
+    Args:
+      compute_dtype: of weights and activations.
+      tensor: devices that each copy of the model is spread over.
+      rows: to draw at the same time; no more copies than these are made.
+
+    Raises:
+      InputError: the devices or the model rule `tensor` out.
+    """
+    available = len(jax.devices())
+    if not 1 <= tensor <= available:
+      raise InputError(
+        f"tensor must be in [1, {available}] (the devices here), got {tensor}"
+      )
+    copies = min(available // tensor, rows)
+    mesh = make_mesh(
+      {"fsdp": copies, "tensor": tensor}, jax.devices()[: copies * tensor]
+    )
+    layout = Layout.create(mesh, DECODE_RULES)
+    model = Model(self.architecture, layout, compute_dtype)
+    model.abstract_params()
+    return model
+
+  def load(self, model: Model) -> Params:
+    """The weights in the compute dtype and the places of a decoder.
+
+    Raises:
+      InputError: weights that cannot be read.
+    """
+    dtype = model.compute_dtype
+    if self.workdir is None:
+      return hf.load(self.source, model, dtype)
+    _, state = self.restore()
+    return jax.tree.map(
+      lambda leaf, place: jax.device_put(
+        np.asarray(leaf).astype(dtype), place.sharding
+      ),
+      state.params,
+      model.abstract_params(),
+    )
+
+  def restore(self) -> tuple[Model, TrainState]:
+    """A run's student and its state, in the host's memory.
+
+    The devices of the run are not needed.
+
+    Raises:
+      InputError: a damaged checkpoint.
+    """
+    if self.workdir is None or self.config is None:
+      raise ValueError(f"{self.source} is not the folder of a run")
+    if isinstance(self.config, SftConfig):
+      objective = sft.OBJECTIVE
+    else:
+      objective = objectives.create(self.config.objective)
+    mesh = make_mesh({}, jax.devices("cpu")[:1])
+    student = Model(self.architecture, Layout.create(mesh, TRAIN_RULES))
+    checkpoints = Checkpoints(self.workdir / CHECKPOINT_FOLDER, None)
+    state, _ = checkpoints.restore(
+      self.step,
+      abstract_state(
+        student,
+        optim.build(self.config.optimizer, self.config.steps),
+        objective,
+      ),
+    )
+    checkpoints.close()
+    return student, state
+
+
+def find(path: str | Path, step: str = "latest") -> Saved:
+  """Finds a model and checks that its weights are there.
+
+  Args:
+    path: the folder of a run, of a Hugging Face checkpoint, or `org/name` or
+      `org/name@revision` in the Hugging Face cache.
+    step: of a run: "latest", "best" or a number.
+
+  Raises:
+    InputError: nothing there, or no such step.
+  """
+  if (Path(path) / CHECKPOINT_FOLDER).is_dir():
+    return find_run(path, step)
+  if step != "latest":
+    raise InputError(
+      f"step is for the folder of a run, and {path} is none; leave it out, or "
+      "name the workdir of a run"
+    )
+  architecture = hf.read_config(path)
+  hf.check(path, architecture)
+  return Saved(source=str(path), architecture=architecture)
+
+
+def find_run(workdir: str | Path, step: str = "latest") -> Saved:
+  """Finds a checkpoint of a run; see `find`."""
+  workdir = Path(workdir)
+  checkpoints = Checkpoints(workdir / CHECKPOINT_FOLDER, None)
+  manifest = checkpoints.read_manifest()
+  kind = SftConfig if manifest.kind == "sft" else RunConfig
+  config = parse(kind, manifest.config)
+  number = _step_number(checkpoints, step)
+  checkpoints.close()
+  return Saved(
+    source=config.student.path,
+    architecture=hf.read_config(config.student.path),
+    workdir=workdir,
+    config=config,
+    step=number,
+  )
+
+
+def _step_number(checkpoints: Checkpoints, step: str) -> int | None:
+  if step == "latest":
+    return checkpoints.latest()
+  if step == "best":
+    best = checkpoints.best()
+    if best is None:
+      raise InputError(
+        "no checkpoint of this run has an accuracy or a held-out loss, so none "
+        "is the best; set eval.source or held_out.path in its config, or take "
+        "--step=latest"
+      )
+    return best
+  if not step.isdecimal():
+    raise InputError(f"step must be latest, best or a number, got {step!r}")
+  return int(step)
