@@ -5,6 +5,8 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+# Between two lines of progress.
+_SECONDS = 10
 _SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p")
 
 
@@ -135,7 +137,7 @@ def replaced(name: str, base: Any, changes: Mapping[str, Any]) -> Any:
 def watch(drawn: Iterable[Any], total: int, what: str) -> Iterator[Any]:
   """Passes things on and tells on standard error how far it is.
 
-  A bar on a terminal, else about ten lines.
+  A bar on a terminal, else a line now and then.
   """
   import rich.console
   import rich.progress
@@ -146,9 +148,11 @@ def watch(drawn: Iterable[Any], total: int, what: str) -> Iterator[Any]:
       drawn, description=what, total=total, console=console, transient=True
     )
     return
-  began = time.monotonic()
+  began = told = time.monotonic()
   for done, one in enumerate(drawn, start=1):
     yield one
-    if done * 10 // total > (done - 1) * 10 // total and done < total:
-      left = (time.monotonic() - began) * (total - done) / done
+    now = time.monotonic()
+    if now - told >= _SECONDS and done < total:
+      left = (now - began) * (total - done) / done
       console.print(f"{what} {done}/{total}  {left:.0f} s left")
+      told = now
