@@ -12,7 +12,6 @@ same tokens. Programs are compiled ahead of the first step and cannot recompile.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp

@@ -259,7 +259,7 @@ def test_a_bad_file_is_refused(damage, run, refused):
 @pytest.mark.parametrize(
   ("arguments", "parts"),
   [
-    (["tarin"], ["'tarin'", "train, generate, export"]),
+    (["tarin"], ["'tarin'", ", ".join(cli.COMMANDS)]),
     (["train"], ["--config and --workdir", "opd-jax train --help"]),
     (["train", "--config=a.py"], ["needs --workdir"]),
     (
@@ -269,6 +269,7 @@ def test_a_bad_file_is_refused(damage, run, refused):
     (["train", "--wrokdir=x"], ["'wrokdir'", "workdir"]),
     (["train", "x"], ["'x'", "--flag=value"]),
     (["generate", "--prompt=x"], ["needs --model"]),
+    (["eval", "--data=x"], ["needs --model"]),
     (["generate", "--dtype=float16"], ["float16", "float32|bfloat16"]),
     (["export", "--workdir=nowhere", "--out=new"], ["nowhere", "workdir"]),
     (["export", "--workdir=nowhere", "--out=tests"], ["tests", "another"]),
@@ -334,7 +335,7 @@ def test_importing_the_command_line_loads_nothing_heavy():
   assert result.stdout == "[]\n"
 
 
-@pytest.mark.parametrize("command", ["train", "generate", "export"])
+@pytest.mark.parametrize("command", cli.COMMANDS)
 def test_help_is_short_and_free_of_paths(command, capfd):
   assert cli.main([command, "--help"]) == 0
   out, err = capfd.readouterr()
