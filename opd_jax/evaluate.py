@@ -1,6 +1,7 @@
 """Evaluation by sampled answers: how often is a model right?"""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -132,7 +133,8 @@ class Report:
     """The samples of full score."""
     return self.scores == 1
 
-  def estimates(self) -> dict[str, Estimate]:
+  @functools.cached_property
+  def figures(self) -> Mapping[str, Estimate]:
     """avg@k, pass@k and maj@k by name; maj@k where the verifier can vote."""
     config = self.problems.config
     samples = config.samples
@@ -160,7 +162,7 @@ class Report:
     `eval/maj_at_K`; `eval/truncated` is the fraction that ran into the length
     limit, `eval/length_mean` in tokens, stop ids included.
     """
-    (_, accuracy), *others = self.estimates().items()
+    (_, accuracy), *others = self.figures.items()
     metrics = {
       "eval/accuracy": accuracy.value,
       "eval/accuracy_low": accuracy.interval.low,

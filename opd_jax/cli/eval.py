@@ -135,7 +135,7 @@ def _describe(name: str, step: int | None, report: Any) -> Iterator[str]:
   )
   yield ""
   yield f"{'':10} {'value':>8}   95 % interval"
-  for measure, estimate in report.estimates().items():
+  for measure, estimate in report.figures.items():
     low, high = (100 * end for end in estimate.interval)
     yield (
       f"{measure:10} {100 * estimate.value:6.1f} %   {low:.1f} - {high:.1f} %"
@@ -161,7 +161,7 @@ def _figures(name: str, step: int | None, report: Any) -> Mapping[str, Any]:
     "problems": len(problems.answers),
     "estimates": {
       measure: {"value": estimate.value, **estimate.interval._asdict()}
-      for measure, estimate in report.estimates().items()
+      for measure, estimate in report.figures.items()
     },
     "metrics": report.metrics(),
     "rows": list(report.rows()),
