@@ -32,6 +32,7 @@ class Setup:
     student: its architecture.
     teacher: its architecture.
     tokenizer: of the student.
+    teacher_tokenizer: of the teacher.
     difference: between the tokenizers of student and teacher.
     vocab_size: ids that both models and the tokenizer have.
     stop_ids: end a completion.
@@ -46,6 +47,7 @@ class Setup:
   student: ModelConfig
   teacher: ModelConfig
   tokenizer: Tokenizer
+  teacher_tokenizer: Tokenizer
   difference: Difference
   vocab_size: int
   stop_ids: tuple[int, ...]
@@ -111,6 +113,7 @@ def prepare(config: RunConfig) -> Setup:
     student=models["student"],
     teacher=models["teacher"],
     tokenizer=student_tokenizer,
+    teacher_tokenizer=teacher_tokenizer,
     difference=difference,
     vocab_size=vocab_size,
     stop_ids=stop_ids,
