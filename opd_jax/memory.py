@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from opd_jax.models import Model, ModelConfig
-from opd_jax.models.cache import KVCache
+from opd_jax.models.cache import CACHE_AXES, KVCache
 from opd_jax.sharding import Layout, make_mesh
 from opd_jax.step import Step
 from opd_jax.types import Params, PromptBatch, ScoringBatch
@@ -137,23 +137,17 @@ def decode_copy(step: Step) -> list[jax.ShapeDtypeStruct]:
 
 def cache(model: Model, rows: int, slots: int) -> KVCache:
   """The keys and values of `rows` rows of `slots` slots, in their places."""
-  shapes = jax.eval_shape(lambda: model.init_cache(rows, slots))
-  batch = "batch" if rows % model.layout.shards("batch") == 0 else None
-  axes = KVCache(
-    keys=(None, batch, "kv_heads", None, None),
-    values=(None, batch, "kv_heads", None, None),
-    positions=(batch, None),
-  )
+  spread = rows % model.layout.shards("batch") == 0
 
-  def place(leaf: Any, names: Any) -> Any:
-    sharding = model.layout.sharding(names, leaf.shape)
+  def place(leaf: Any) -> Any:
+    axes = CACHE_AXES if len(leaf.shape) == len(CACHE_AXES) else ("batch", None)
+    if not spread:
+      axes = tuple(None if name == "batch" else name for name in axes)
+    sharding = model.layout.sharding(axes, leaf.shape)
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-  return KVCache(
-    keys=place(shapes.keys, axes.keys),
-    values=place(shapes.values, axes.values),
-    positions=place(shapes.positions, axes.positions),
-  )
+  shapes = jax.eval_shape(lambda: model.init_cache(rows, slots))
+  return jax.tree.map(place, shapes)
 
 
 def _weights(step: Step) -> Iterable[Part]:
@@ -163,14 +157,14 @@ def _weights(step: Step) -> Iterable[Part]:
     size=shard_bytes(state.params),
     phase="always",
     exact=True,
-    formula="parameters x 4 bytes (float32 master weights)",
+    formula="parameters x 4 bytes, float32",
   )
   yield Part(
     name="optimizer state",
     size=shard_bytes((state.optimizer, state.objective, state.step)),
     phase="always",
     exact=True,
-    formula="parameters x 2 moments x 4 bytes, and the objective's arrays",
+    formula="parameters x 2 moments x 4 bytes",
   )
   teacher = step.scorer.teacher
   if teacher is not None:
@@ -193,8 +187,7 @@ def _sampling(step: Step, prompts: int, window: int) -> Iterable[Part]:
     phase="sampling",
     exact=True,
     formula=(
-      f"parameters x {_itemsize(model)} bytes, gathered over fsdp; only "
-      "weights that need another dtype or place"
+      f"parameters x {_itemsize(model)} bytes, where dtype or place changes"
     ),
   )
   yield Part(
@@ -203,8 +196,8 @@ def _sampling(step: Step, prompts: int, window: int) -> Iterable[Part]:
     phase="sampling",
     exact=True,
     formula=(
-      f"rows x slots x layers x kv heads x head size x 2 x "
-      f"{_itemsize(model)} bytes, {rows} x {slots} slots"
+      f"{rows} rows x {slots} slots x layers x kv heads x head size x 2 x "
+      f"{_itemsize(model)} bytes"
     ),
   )
   if step.rollouts > 1:
@@ -213,7 +206,7 @@ def _sampling(step: Step, prompts: int, window: int) -> Iterable[Part]:
       size=shard_bytes(cache(model, prompts, slots)),
       phase="sampling",
       exact=False,
-      formula="as above for the prompts, before they are copied to rollouts",
+      formula="the same of the prompts, before the copy to rollouts",
     )
   columns = _columns(model)
   yield Part(
@@ -248,8 +241,8 @@ def _update(step: Step, rows: int, window: int) -> Iterable[Part]:
     phase="update",
     exact=False,
     formula=(
-      f"what the backward pass reads of {rows} rows x {slots} slots, traced "
-      f"(student.remat {student.remat!r})"
+      f"kept for the backward pass, {rows} rows x {slots} slots, traced with "
+      f"student.remat = {student.remat!r}"
     ),
   )
   widths = sum(model.config.hidden_size * _itemsize(model) for model in models)
@@ -258,7 +251,7 @@ def _update(step: Step, rows: int, window: int) -> Iterable[Part]:
     size=2 * rows * length * widths,
     phase="update",
     exact=False,
-    formula="completion tokens x width of each model, and their gradient",
+    formula="tokens x width of each model, twice",
   )
   if teacher is not None:
     heads = teacher.config.num_heads // teacher.layout.shards("heads")
@@ -267,11 +260,9 @@ def _update(step: Step, rows: int, window: int) -> Iterable[Part]:
       size=2 * rows * heads * slots * slots * 4,
       phase="teacher forward",
       exact=False,
-      formula="rows x heads x slots x slots x 4 bytes, twice, of one layer",
+      formula="rows x heads x slots x slots x 4 bytes, twice",
     )
-  tokens = rows * min(
-    max(step.scorer.chunk_tokens // max(1, rows), 1), length
-  )
+  tokens = rows * min(max(step.scorer.chunk_tokens // max(1, rows), 1), length)
   columns = sum(map(_columns, models))
   yield Part(
     name="distributions of a chunk",
@@ -279,8 +270,8 @@ def _update(step: Step, rows: int, window: int) -> Iterable[Part]:
     phase="vocabulary loop",
     exact=False,
     formula=(
-      f"{tokens} tokens x vocabulary x 4 bytes, 2 of each model and 3 of the "
-      "gradient (batch.chunk_tokens)"
+      f"{tokens} tokens x vocabulary x 4 bytes, 2 of each model, 3 to "
+      "differentiate"
     ),
   )
   yield Part(
@@ -289,8 +280,7 @@ def _update(step: Step, rows: int, window: int) -> Iterable[Part]:
     phase="vocabulary loop",
     exact=False,
     formula=(
-      "vocabulary x width: the gradient of the student's in float32, and each "
-      "model's where it is gathered over fsdp"
+      "vocabulary x width: the gradient's, and each model's that is gathered"
     ),
   )
   yield Part(

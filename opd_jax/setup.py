@@ -58,8 +58,13 @@ class Setup:
   objective: Objective
 
 
-def prepare(config: RunConfig) -> Setup:
+def prepare(config: RunConfig, *, strict: bool = True) -> Setup:
   """Reads and checks all a run needs.
+
+  Args:
+    config: of the run.
+    strict: refuse tokenizers that differ, unless `preflight.allow` names
+      "tokenizers_differ"; otherwise they are left to `preflight.inspect`.
 
   Raises:
     InputError: whatever is wrong with the config, the checkpoints, the
@@ -76,7 +81,10 @@ def prepare(config: RunConfig) -> Setup:
     hf.check(source.path, models[role])
   student_tokenizer = tokenizer.load(hf.resolve(config.student.path))
   teacher_tokenizer = tokenizer.load(hf.resolve(config.teacher.path))
-  difference = tokenizer.check_same(student_tokenizer, teacher_tokenizer)
+  if strict and "tokenizers_differ" not in config.preflight.allow:
+    difference = tokenizer.check_same(student_tokenizer, teacher_tokenizer)
+  else:
+    difference = tokenizer.compare(student_tokenizer, teacher_tokenizer)
   vocab_size = min(
     models["student"].vocab_size,
     models["teacher"].vocab_size,

@@ -294,37 +294,52 @@ def compare(
   )
 
 
-def check_same(student: Tokenizer, teacher: Tokenizer) -> Difference:
-  """Makes sure that a teacher can score the student's ids.
+def explain(
+  student: Tokenizer, teacher: Tokenizer, difference: Difference
+) -> str | None:
+  """Why a teacher cannot score the student's ids; None if it can.
 
   Extra ids beyond the other's last one (padding rows) and different special
-  ids (a base model and its chat version) are allowed; the result tells them.
+  ids (a base model and its chat version) are no obstacle.
+  """
+  names = f"student {student.path} and teacher {teacher.path}"
+  remedy = (
+    "choose a teacher of the student's tokenizer family: its scores are about "
+    "the student's ids"
+  )
+  encoded = ""
+  if difference.probes:
+    text = difference.probes[0]
+    encoded = (
+      f"encode {text!r} as {student.encode(text)[:8]} and "
+      f"{teacher.encode(text)[:8]} (first 8 ids)"
+    )
+  if difference.ids:
+    shown = ", ".join(
+      f"{index}: {ours!r} / {theirs!r}"
+      for index, ours, theirs in difference.examples
+    )
+    return (
+      f"the tokenizers of {names} differ in {difference.ids} of "
+      f"{min(student.id_count, teacher.id_count)} ids; the first are {shown}; "
+      f"{'they ' + encoded + '; ' if encoded else ''}{remedy}"
+    )
+  if encoded:
+    return (
+      f"the tokenizers of {names} have the same ids but {encoded}; {remedy}"
+    )
+  return None
+
+
+def check_same(student: Tokenizer, teacher: Tokenizer) -> Difference:
+  """Makes sure that a teacher can score the student's ids; see `explain`.
 
   Raises:
     InputError: an id stands for different tokens, or a text is encoded
       differently.
   """
   difference = compare(student, teacher)
-  names = f"student {student.path} and teacher {teacher.path}"
-  remedy = (
-    "choose a teacher of the student's tokenizer family: its scores are about "
-    "the student's ids"
-  )
-  if difference.ids:
-    shown = ", ".join(
-      f"{index}: {ours!r} / {theirs!r}"
-      for index, ours, theirs in difference.examples
-    )
-    raise InputError(
-      f"the tokenizers of {names} differ in {difference.ids} of "
-      f"{min(student.id_count, teacher.id_count)} ids; the first are {shown}; "
-      f"{remedy}"
-    )
-  if difference.probes:
-    text = difference.probes[0]
-    raise InputError(
-      f"the tokenizers of {names} have the same ids but encode {text!r} as "
-      f"{student.encode(text)[:8]} and {teacher.encode(text)[:8]} (first 8 "
-      f"ids); {remedy}"
-    )
+  obstacle = explain(student, teacher, difference)
+  if obstacle is not None:
+    raise InputError(obstacle)
   return difference
