@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from opd_jax import sampling
 from opd_jax.models import hf
-from opd_jax.preflight import templates
+from opd_jax.preflight import prompts
 from opd_jax.preflight.report import Finding, Section
 from opd_jax.scoring import Scorer
 from opd_jax.setup import Setup
@@ -56,7 +56,7 @@ def inspect(setup: Setup, step: Step) -> Section:
   """Loads the student, samples a few completions, looks at their ends."""
   ends, rollout = sample(setup, step)
   first = np.asarray(rollout.tokens[0])[np.asarray(rollout.sampled_mask[0])]
-  example = templates.examples(setup, 1)[0]
+  example = prompts.examples(setup, 1)[0]
   ids = [int(index) for index in first]
   text = setup.tokenizer.decode(ids, skip_special_tokens=False)
   lines = (
@@ -67,7 +67,7 @@ def inspect(setup: Setup, step: Step) -> Section:
     f"{ends.stop_probability:.2g}",
     f"the first completion: {text!r}",
     "",
-    *templates.boundary(setup, example, ids),
+    *prompts.boundary(setup, example, ids),
   )
   return Section(
     title="probe",
@@ -119,8 +119,8 @@ def sample(setup: Setup, step: Step) -> tuple[Ends, Rollout]:
   """Draws a completion of each of the first prompts, as the run would."""
   config = setup.config
   length = min(config.sampling.max_new_tokens, MOST_TOKENS)
-  prompts = _prompts(setup)
-  count = prompts.lengths.shape[0]
+  batch = _prompts(setup)
+  count = batch.lengths.shape[0]
   model = step.decoder
   drawn = dataclasses.replace(config.sampling, max_new_tokens=length)
   scorer = Scorer(
@@ -130,25 +130,25 @@ def sample(setup: Setup, step: Step) -> tuple[Ends, Rollout]:
     chunk_tokens=step.scorer.chunk_tokens,
   )
 
-  def run(params: Params, prompts: PromptBatch) -> tuple[Rollout, Array]:
+  def run(params: Params, batch: PromptBatch) -> tuple[Rollout, Array]:
     rollout = sampling.sample(
       model,
       params,
-      prompts,
+      batch,
       config=drawn,
       stop_ids=setup.stop_ids,
       rollouts=1,
       key=jax.random.key(config.seed),
       vocab_size=setup.vocab_size,
     )
-    batch = step.scoring_batch(rollout, StepInputs(prompts=prompts))
-    states = scorer.hidden("student", params, batch)
+    rows = step.scoring_batch(rollout, StepInputs(prompts=batch))
+    states = scorer.hidden("student", params, rows)
     stop = _stop_probability(scorer, setup.stop_ids, params, states)
     mask = rollout.sampled_mask
     return rollout, jnp.sum(jnp.where(mask, stop, 0.0)) / jnp.sum(mask)
 
   params = hf.load(config.student.path, model, model.compute_dtype)
-  rollout, probability = jax.device_get(jax.jit(run)(params, prompts))
+  rollout, probability = jax.device_get(jax.jit(run)(params, batch))
   return Ends(
     samples=count,
     stopped=int(np.sum(rollout.stop_reason == STOP_ID)),
@@ -162,7 +162,7 @@ def sample(setup: Setup, step: Step) -> tuple[Ends, Rollout]:
 def _prompts(setup: Setup) -> PromptBatch:
   """The first prompts of each source in turn, cut as the run does."""
   window = setup.config.data.max_prompt_tokens
-  found = templates.examples(setup, PROMPTS)
+  found = prompts.examples(setup, PROMPTS)
   ids = [example.student.ids[-window:] for example in found]
   ids = [row for row in ids if row][:PROMPTS]
   tokens = np.zeros((len(ids), window), np.int32)

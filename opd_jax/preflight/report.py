@@ -72,10 +72,6 @@ KINDS: Mapping[str, tuple[Severity, str]] = {
     "the teacher reads the student's ids, and its own chat template would "
     "have given others",
   ),
-  "thinking_ignored": (
-    "warning",
-    "prompt.thinking is set, and the chat template does not look at it",
-  ),
   "chat_prompts_truncated": (
     "warning",
     "chat prompts longer than the window lose their first ids",
