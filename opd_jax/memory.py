@@ -81,7 +81,9 @@ class Estimate:
     return sum(part.size for part in self.parts if part.phase == phase)
 
 
-def estimate(step: Step, prompts: int, window: int) -> Estimate:
+def estimate(
+  step: Step, prompts: int, window: int, teacher_window: int | None = None
+) -> Estimate:
   """Counts what one device holds during a step.
 
   Left out: the programs themselves, ids and masks, the weights of one layer
@@ -92,12 +94,13 @@ def estimate(step: Step, prompts: int, window: int) -> Estimate:
     step: of the run.
     prompts: per step, over all devices.
     window: P, slots of a prompt.
+    teacher_window: slots of the teacher's prompts; None for the student's.
   """
   rows = prompts * step.rollouts
   parts = [
     *_weights(step),
     *_sampling(step, prompts, window),
-    *_update(step, rows, window),
+    *_update(step, rows, window, teacher_window or window),
   ]
   return Estimate(parts=tuple(parts), limit=device_limit())
 
@@ -218,7 +221,9 @@ def _sampling(step: Step, prompts: int, window: int) -> Iterable[Part]:
   )
 
 
-def _update(step: Step, rows: int, window: int) -> Iterable[Part]:
+def _update(
+  step: Step, rows: int, window: int, teacher_window: int
+) -> Iterable[Part]:
   student = step.scorer.student
   teacher = step.scorer.teacher
   models = [student] if teacher is None else [student, teacher]
@@ -255,9 +260,10 @@ def _update(step: Step, rows: int, window: int) -> Iterable[Part]:
   )
   if teacher is not None:
     heads = teacher.config.num_heads // teacher.layout.shards("heads")
+    seen = teacher_window + length
     yield Part(
       name="attention of the teacher",
-      size=2 * rows * heads * slots * slots * 4,
+      size=2 * rows * heads * seen * seen * 4,
       phase="teacher forward",
       exact=False,
       formula="rows x heads x slots x slots x 4 bytes, twice",

@@ -7,7 +7,9 @@ from typing import Any
 from opd_jax import templates
 from opd_jax.config import RunConfig, SourceConfig
 from opd_jax.data import sources
-from opd_jax.preflight.report import Finding, Section
+from opd_jax.data.files import read_jsonl
+from opd_jax.data.prompts import PromptReport
+from opd_jax.preflight.report import Finding, Section, table
 from opd_jax.setup import Setup
 
 _SHOWN = 60
@@ -15,37 +17,49 @@ _SHOWN = 60
 
 def inspect(setup: Setup) -> Section:
   """Counts the rows and looks for evaluation rows among them."""
-  report = setup.prompts.report
-  found = overlaps(setup.config)
-  counts = [f"{report.kept:,} of {report.rows:,} rows are used"]
-  for count, fate in (
-    (report.truncated, "cut on the left"),
-    (report.dropped, "dropped as too long"),
-    (report.empty, "dropped as empty"),
-  ):
-    if count:
-      counts.append(f"{count:,} {fate}")
-  lines = [
-    f"sources: {', '.join(setup.config.data.sources)}",
-    ", ".join(counts),
-    f"prompts have {report.mean_length:.1f} tokens on average, the longest "
-    f"{report.longest} (data.max_prompt_tokens = "
-    f"{setup.config.data.max_prompt_tokens})",
+  config = setup.config
+  reports = {**setup.prompts.reports, "all": setup.prompts.report}
+  names = [field.name for field in dataclasses.fields(PromptReport)]
+  weights = [source.weight for source in config.data.sources.values()]
+  shares = [f"{100 * weight / sum(weights):.1f} %" for weight in weights]
+  rows = [
+    ("source", "share", *(name.replace("_", " ") for name in names)),
+    *(
+      (name, share, *(_number(getattr(report, field)) for field in names))
+      for (name, report), share in zip(
+        reports.items(), [*shares, "100 %"], strict=True
+      )
+    ),
+  ]
+  if len(weights) == 1:
+    rows.pop()
+  found = overlaps(config)
+  lines = (
+    *table(rows),
+    f"lengths in ids; data.max_prompt_tokens = "
+    f"{config.data.max_prompt_tokens}, data.overlong = "
+    f"{config.data.overlong!r}",
     *(
       f"{overlap.key}: {overlap.count:,} of {overlap.rows:,} rows are in the "
       "training data too"
       for overlap in found
     ),
-  ]
+  )
   return Section(
     title="data",
-    lines=tuple(lines),
+    lines=lines,
     figures={
-      **dataclasses.asdict(report),
+      "sources": {
+        name: dataclasses.asdict(report) for name, report in reports.items()
+      },
       "overlaps": {overlap.key: overlap.count for overlap in found},
     },
     findings=tuple(_leak(overlap) for overlap in found if overlap.count),
   )
+
+
+def _number(value: float) -> str:
+  return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,7 +139,7 @@ def _evaluations(config: RunConfig) -> dict[str, list[Keyed]]:
     found["eval.source"] = list(_rows(config.eval.source))
   held_out = config.held_out
   if held_out.path is not None:
-    rows = sources.read_jsonl(held_out.path)[: held_out.rows]
+    rows = read_jsonl(held_out.path)[: held_out.rows]
     found["held_out"] = []
     for number, row in enumerate(rows, start=1):
       where = f"{held_out.path}, line {number}"

@@ -10,7 +10,10 @@ from opd_jax.step import Step
 def inspect(setup: Setup, step: Step) -> Section:
   """Estimates the memory of a step and compares it with a device's."""
   found = memory.estimate(
-    step, setup.config.batch.prompts, setup.config.data.max_prompt_tokens
+    step,
+    setup.config.batch.prompts,
+    setup.config.data.max_prompt_tokens,
+    setup.prompts.teacher_window,
   )
   rows = [
     (

@@ -1,14 +1,14 @@
 """The first prompts as student and teacher read them, side by side."""
 
+import contextlib
 import dataclasses
-import itertools
 import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from opd_jax import templates
-from opd_jax.config import SourceConfig, TemplateConfig
-from opd_jax.data import sources
+from opd_jax.data.prompts import Example
+from opd_jax.errors import InputError
 from opd_jax.preflight.report import table
 from opd_jax.setup import Setup
 from opd_jax.templates import Prompt
@@ -21,24 +21,14 @@ _EDGE = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Example:
-  """The prompts of one row.
+class Rendered(Example):
+  """An example as the models read it: cut to the window.
 
   Attributes:
-    source: name of its source.
-    where: the row, in words.
-    row: its fields.
-    student: what the student continues.
-    teacher: what the teacher reads; None for the student's very ids.
-    own: what the teacher's own tokenizer makes of the student's template;
-      None where `teacher` is set, and where it has no chat template.
+    own: what the teacher's own tokenizer makes of the student's template; None
+      where `teacher` is set, and where it has no chat template.
   """
 
-  source: str
-  where: str
-  row: dict[str, Any]
-  student: Prompt
-  teacher: Prompt | None
   own: Prompt | None
 
   @property
@@ -52,29 +42,29 @@ class Example:
     return self.teacher or self.own
 
 
-def examples(setup: Setup, count: int) -> list[Example]:
-  """The first rows of each source that are used, rendered and cut.
-
-  Raises:
-    InputError: a template that does not fit the row or a tokenizer.
-  """
-  data = setup.config.data
-  found = []
-  for name, source in data.sources.items():
-    rendered = (
-      _render(setup, name, source, row, sources.where(source, index))
-      for index, row in enumerate(sources.read(source))
-    )
-    used = (
+def examples(setup: Setup, count: int) -> list[Rendered]:
+  """The first rows of each source that are used."""
+  names = list(setup.config.data.sources)
+  used: list[Example] = []
+  # Rows that are dropped are rare: all are read only if it has to be.
+  for asked in (4 * count, None):
+    used = [
       example
-      for example in rendered
-      if 0 < len(example.student.ids) <= data.max_prompt_tokens
-    )
-    found += itertools.islice(used, count)
-  return found
+      for example in setup.prompts.examples(asked)
+      if _is_used(setup, example)
+    ]
+    if {example.source for example in used} == set(names):
+      break
+  return [
+    _render(setup, example)
+    for name in names
+    for example in [e for e in used if e.source == name][:count]
+  ]
 
 
-def boundary(setup: Setup, example: Example, drawn: Sequence[int]) -> list[str]:
+def boundary(
+  setup: Setup, example: Rendered, drawn: Sequence[int]
+) -> list[str]:
   """Where prompt and completion meet, position by position.
 
   Args:
@@ -115,7 +105,7 @@ def first_difference(ours: Sequence[Any], theirs: Sequence[Any]) -> int | None:
   return None if len(ours) == len(theirs) else min(len(ours), len(theirs))
 
 
-def side_by_side(setup: Setup, example: Example) -> Iterator[str]:
+def side_by_side(setup: Setup, example: Rendered) -> Iterator[str]:
   """Both prompts as the models read them, and where they part."""
   yield f"source {example.source}, {example.where}"
   ours = example.student.ids
@@ -128,7 +118,7 @@ def side_by_side(setup: Setup, example: Example) -> Iterator[str]:
     yield "teacher reads the same ids"
   other = example.other
   if other is None:
-    yield "(its tokenizer has no chat template of its own)"
+    yield "(its own tokenizer has no such chat template)"
     return
   other_text = decode(setup.teacher_tokenizer, other.ids)
   slot = first_difference(ours, other.ids)
@@ -163,34 +153,34 @@ def decode(tokens: Tokenizer, ids: Sequence[int]) -> str:
   return tokens.decode(ids, skip_special_tokens=False)
 
 
-def _render(
-  setup: Setup,
-  name: str,
-  source: SourceConfig,
-  row: dict[str, Any],
-  where: str,
-) -> Example:
+def _is_used(setup: Setup, example: Example) -> bool:
+  config = setup.config.data
+  read = [prompt for prompt in (example.student, example.teacher) if prompt]
+  lengths = [len(prompt.ids) for prompt in read]
+  fits = max(lengths) <= config.max_prompt_tokens
+  return min(lengths) > 0 and (fits or config.overlong == "truncate_left")
+
+
+def _render(setup: Setup, example: Example) -> Rendered:
+  window = setup.config.data.max_prompt_tokens
+  config = setup.config.data.sources[example.source].prompt
   theirs = setup.teacher_tokenizer
-  data = setup.config.data
 
-  def read(config: TemplateConfig, tokens: Tokenizer) -> Prompt:
-    prompt = templates.prompt(config, row, tokens, where)
-    if data.overlong == "truncate_left":
-      ids = prompt.ids[-data.max_prompt_tokens :]
-      prompt = dataclasses.replace(prompt, ids=ids)
-    return prompt
+  def cut(prompt: Prompt) -> Prompt:
+    return dataclasses.replace(prompt, ids=prompt.ids[-window:])
 
-  teacher = own = None
-  if source.teacher_prompt is not None:
-    teacher = read(source.teacher_prompt, theirs)
-  elif not source.prompt.chat or theirs.has_chat_template:
-    own = read(source.prompt, theirs)
-  return Example(
-    source=name,
-    where=where,
-    row=row,
-    student=read(source.prompt, setup.tokenizer),
-    teacher=teacher,
+  own = None
+  if example.teacher is None and (theirs.has_chat_template or not config.chat):
+    # A template without the switch that the student's has is left at that.
+    with contextlib.suppress(InputError):
+      own = cut(templates.prompt(config, example.row, theirs, example.where))
+  return Rendered(
+    source=example.source,
+    index=example.index,
+    where=example.where,
+    row=example.row,
+    student=cut(example.student),
+    teacher=cut(example.teacher) if example.teacher else None,
     own=own,
   )
 

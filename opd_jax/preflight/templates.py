@@ -3,13 +3,13 @@
 import contextlib
 import dataclasses
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from opd_jax import templates
 from opd_jax.config import SourceConfig, TemplateConfig
 from opd_jax.errors import InputError
 from opd_jax.preflight import prompts
-from opd_jax.preflight.prompts import Example
+from opd_jax.preflight.prompts import Rendered
 from opd_jax.preflight.report import Finding, Section
 from opd_jax.setup import Setup
 
@@ -36,7 +36,6 @@ def inspect(setup: Setup) -> Section:
     ):
       # One finding of a kind per source is enough.
       findings.setdefault((example.source, finding.name), finding)
-  chats = [name for name, source in sources.items() if source.prompt.chat]
   return Section(
     title="prompts",
     lines=tuple(lines),
@@ -51,11 +50,11 @@ def inspect(setup: Setup) -> Section:
         for example in found
       ]
     },
-    findings=(*findings.values(), *_truncated(setup, chats)),
+    findings=(*findings.values(), *_truncated(setup)),
   )
 
 
-def _bos(setup: Setup, example: Example) -> Iterator[Finding]:
+def _bos(setup: Setup, example: Rendered) -> Iterator[Finding]:
   begins = {}
   for role, tokens, prompt in (
     ("student", setup.tokenizer, example.student),
@@ -102,7 +101,7 @@ def _bos(setup: Setup, example: Example) -> Iterator[Finding]:
 
 
 def _thinking(
-  setup: Setup, source: SourceConfig, example: Example
+  setup: Setup, source: SourceConfig, example: Rendered
 ) -> Iterator[Finding]:
   ours, theirs = source.prompt, source.teacher_prompt
   other = example.other
@@ -134,7 +133,7 @@ def _thinking(
 
 
 def _other_text(
-  setup: Setup, config: TemplateConfig, example: Example, thinking: bool | None
+  setup: Setup, config: TemplateConfig, example: Rendered, thinking: bool | None
 ) -> str:
   """The teacher's prompt with another switch; as it is if there is none."""
   if config.chat:
@@ -154,7 +153,7 @@ def _tail(text: str) -> str:
   return "empty" if found.group(1) else "open"
 
 
-def _own_template(example: Example) -> Iterator[Finding]:
+def _own_template(example: Rendered) -> Iterator[Finding]:
   own = example.own
   if own is None:
     return
@@ -177,18 +176,17 @@ def _own_template(example: Example) -> Iterator[Finding]:
     )
 
 
-def _truncated(setup: Setup, chats: Sequence[str]) -> Iterator[Finding]:
-  report = setup.prompts.report
+def _truncated(setup: Setup) -> Iterator[Finding]:
   config = setup.config.data
-  if not chats or not report.truncated:
-    return
-  yield Finding(
-    name="chat_prompts_truncated",
-    message=(
-      f"{report.truncated:,} of {report.rows:,} prompts are longer than "
-      f"data.max_prompt_tokens = {config.max_prompt_tokens} (the longest has "
-      f"{report.longest}) and lose their first ids, with them the system "
-      f"message or the begin of a turn (chat sources: {', '.join(chats)}); "
-      'raise it, or set data.overlong to "drop"'
-    ),
-  )
+  for name, report in setup.prompts.reports.items():
+    if config.sources[name].prompt.chat and report.truncated:
+      yield Finding(
+        name="chat_prompts_truncated",
+        message=(
+          f"{report.truncated:,} of {report.rows:,} prompts of data.sources."
+          f"{name} are longer than data.max_prompt_tokens = "
+          f"{config.max_prompt_tokens} (the longest has {report.longest}) and "
+          "lose their first ids, with them the system message or the begin of "
+          'a turn; raise it, or set data.overlong to "drop"'
+        ),
+      )
