@@ -104,9 +104,7 @@ def test_the_whole_is_near_the_compilers_account(mesh, changes, remat):
     )
 
   inputs = StepInputs(
-    prompts=PromptBatch(
-      tokens=struct(PROMPTS, WINDOW), lengths=struct(PROMPTS)
-    )
+    prompts=PromptBatch(tokens=struct(PROMPTS, WINDOW), lengths=struct(PROMPTS))
   )
   teacher = step.scorer.teacher
   frozen = {"teacher": teacher.abstract_params(teacher.compute_dtype)}

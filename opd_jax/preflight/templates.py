@@ -185,8 +185,9 @@ def _truncated(setup: Setup) -> Iterator[Finding]:
         message=(
           f"{report.truncated:,} of {report.rows:,} prompts of data.sources."
           f"{name} are longer than data.max_prompt_tokens = "
-          f"{config.max_prompt_tokens} (the longest has {report.longest}) and "
-          "lose their first ids, with them the system message or the begin of "
-          'a turn; raise it, or set data.overlong to "drop"'
+          f"{config.max_prompt_tokens} (the student's longest has "
+          f"{report.longest}) and lose their first ids, with them the system "
+          "message or the begin of a turn; raise it, or set data.overlong to "
+          '"drop"'
         ),
       )
