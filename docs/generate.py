@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from opd_jax import config
 from opd_jax.objectives import OBJECTIVES, reduce
+from opd_jax.preflight import KINDS
 
 FOLDER = Path(__file__).resolve().parent
 
@@ -115,10 +116,20 @@ def reductions() -> str:
   return markdown(text.partition("\n\n")[2])
 
 
+def findings() -> str:
+  """What preflight can find."""
+  rows = [
+    f"| `{name}` | {severity} | {meaning} |"
+    for name, (severity, meaning) in KINDS.items()
+  ]
+  return "\n".join(["| name | severity | meaning |", "|---|---|---|", *rows])
+
+
 SECTIONS = {
   "configuration": configuration,
   "objectives": objectives,
   "reductions": reductions,
+  "findings": findings,
 }
 
 

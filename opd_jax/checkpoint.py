@@ -41,6 +41,7 @@ _FREE_KEYS = (
   "mesh",
   "held_out",
   "eval",
+  "preflight",
   "checkpoint",
   "log",
   "batch.micro_batches",

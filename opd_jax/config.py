@@ -468,6 +468,17 @@ class LogConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PreflightConfig:
+  """What is looked at before anything is placed on a device.
+
+  Attributes:
+    allow: names of errors to go on with.
+  """
+
+  allow: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
   """One experiment.
 
@@ -482,6 +493,7 @@ class RunConfig:
     mesh: how many devices each parallel axis has.
     held_out: the loss on held-out texts.
     eval: the accuracy of sampled answers.
+    preflight: what is looked at before the run.
     checkpoint: what is saved.
     log: what is told.
     steps: updates to make.
@@ -500,6 +512,7 @@ class RunConfig:
   mesh: MeshConfig = MeshConfig()
   held_out: HeldOutConfig = HeldOutConfig()
   eval: EvalConfig = EvalConfig()
+  preflight: PreflightConfig = PreflightConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
   log: LogConfig = LogConfig()
   steps: int

@@ -32,6 +32,7 @@ class Setup:
     student: its architecture.
     teacher: its architecture.
     tokenizer: of the student.
+    teacher_tokenizer: of the teacher.
     difference: between the tokenizers of student and teacher.
     vocab_size: ids that both models and the tokenizer have.
     stop_ids: end a completion.
@@ -46,6 +47,7 @@ class Setup:
   student: ModelConfig
   teacher: ModelConfig
   tokenizer: Tokenizer
+  teacher_tokenizer: Tokenizer
   difference: Difference
   vocab_size: int
   stop_ids: tuple[int, ...]
@@ -56,8 +58,13 @@ class Setup:
   objective: Objective
 
 
-def prepare(config: RunConfig) -> Setup:
+def prepare(config: RunConfig, *, strict: bool = True) -> Setup:
   """Reads and checks all a run needs.
+
+  Args:
+    config: of the run.
+    strict: refuse tokenizers that differ, unless `preflight.allow` names
+      "tokenizers_differ"; otherwise they are left to `preflight.inspect`.
 
   Raises:
     InputError: whatever is wrong with the config, the checkpoints, the
@@ -74,7 +81,10 @@ def prepare(config: RunConfig) -> Setup:
     hf.check(source.path, models[role])
   student_tokenizer = tokenizer.load(hf.resolve(config.student.path))
   teacher_tokenizer = tokenizer.load(hf.resolve(config.teacher.path))
-  difference = tokenizer.check_same(student_tokenizer, teacher_tokenizer)
+  if strict and "tokenizers_differ" not in config.preflight.allow:
+    difference = tokenizer.check_same(student_tokenizer, teacher_tokenizer)
+  else:
+    difference = tokenizer.compare(student_tokenizer, teacher_tokenizer)
   vocab_size = min(
     models["student"].vocab_size,
     models["teacher"].vocab_size,
@@ -111,6 +121,7 @@ def prepare(config: RunConfig) -> Setup:
     student=models["student"],
     teacher=models["teacher"],
     tokenizer=student_tokenizer,
+    teacher_tokenizer=teacher_tokenizer,
     difference=difference,
     vocab_size=vocab_size,
     stop_ids=stop_ids,

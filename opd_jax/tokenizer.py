@@ -84,14 +84,14 @@ class Tokenizer:
       InputError: no chat template, one that refuses the messages, or one
         without the switch that `thinking` sets.
     """
-    template = self._backend.chat_template
-    if not template:
+    if not self.has_chat_template:
       raise InputError(
         f"the tokenizer in {self.path} has no chat template; set prompt.chat "
         "to False and write the prompt's whole text in prompt.text, or add a "
         "chat_template.jinja to that folder"
       )
-    if thinking is not None and "enable_thinking" not in str(template):
+    template = str(self._backend.chat_template)
+    if thinking is not None and "enable_thinking" not in template:
       raise InputError(
         f"prompt.thinking = {thinking}, but the chat template in {self.path} "
         "has no switch enable_thinking; set prompt.thinking to None"
@@ -112,6 +112,33 @@ class Tokenizer:
         f"{[message['role'] for message in messages]}: {error}; see what the "
         "template allows"
       ) from error
+
+  @property
+  def has_chat_template(self) -> bool:
+    """Whether `chat` works."""
+    return bool(self._backend.chat_template)
+
+  def end_of_turn(self) -> int | None:
+    """The special id that the chat template puts behind an assistant's turn.
+
+    None where it puts none there, or cannot render such a dialogue.
+    """
+    import jinja2
+
+    if not self.has_chat_template:
+      return None
+    answer = "opd_jax answer"
+    messages = [
+      {"role": "user", "content": "opd_jax question"},
+      {"role": "assistant", "content": answer},
+    ]
+    try:
+      text = self._backend.apply_chat_template(messages, tokenize=False)
+    except jinja2.TemplateError:
+      return None
+    behind = self.encode(text.rpartition(answer)[2], special_tokens=False)
+    added = self._backend.added_tokens_decoder
+    return next((index for index in behind if index in added), None)
 
   def decode(
     self, ids: Iterable[int], *, skip_special_tokens: bool = True
@@ -248,37 +275,52 @@ def compare(
   )
 
 
-def check_same(student: Tokenizer, teacher: Tokenizer) -> Difference:
-  """Makes sure that a teacher can score the student's ids.
+def explain(
+  student: Tokenizer, teacher: Tokenizer, difference: Difference
+) -> str | None:
+  """Why a teacher cannot score the student's ids; None if it can.
 
   Extra ids beyond the other's last one (padding rows) and different special
-  ids (a base model and its chat version) are allowed; the result tells them.
+  ids (a base model and its chat version) are no obstacle.
+  """
+  names = f"student {student.path} and teacher {teacher.path}"
+  remedy = (
+    "choose a teacher of the student's tokenizer family: its scores are about "
+    "the student's ids"
+  )
+  encoded = ""
+  if difference.probes:
+    text = difference.probes[0]
+    encoded = (
+      f"encode {text!r} as {student.encode(text)[:8]} and "
+      f"{teacher.encode(text)[:8]} (first 8 ids)"
+    )
+  if difference.ids:
+    shown = ", ".join(
+      f"{index}: {ours!r} / {theirs!r}"
+      for index, ours, theirs in difference.examples
+    )
+    return (
+      f"the tokenizers of {names} differ in {difference.ids} of "
+      f"{min(student.id_count, teacher.id_count)} ids; the first are {shown}; "
+      f"{'they ' + encoded + '; ' if encoded else ''}{remedy}"
+    )
+  if encoded:
+    return (
+      f"the tokenizers of {names} have the same ids but {encoded}; {remedy}"
+    )
+  return None
+
+
+def check_same(student: Tokenizer, teacher: Tokenizer) -> Difference:
+  """Makes sure that a teacher can score the student's ids; see `explain`.
 
   Raises:
     InputError: an id stands for different tokens, or a text is encoded
       differently.
   """
   difference = compare(student, teacher)
-  names = f"student {student.path} and teacher {teacher.path}"
-  remedy = (
-    "choose a teacher of the student's tokenizer family: its scores are about "
-    "the student's ids"
-  )
-  if difference.ids:
-    shown = ", ".join(
-      f"{index}: {ours!r} / {theirs!r}"
-      for index, ours, theirs in difference.examples
-    )
-    raise InputError(
-      f"the tokenizers of {names} differ in {difference.ids} of "
-      f"{min(student.id_count, teacher.id_count)} ids; the first are {shown}; "
-      f"{remedy}"
-    )
-  if difference.probes:
-    text = difference.probes[0]
-    raise InputError(
-      f"the tokenizers of {names} have the same ids but encode {text!r} as "
-      f"{student.encode(text)[:8]} and {teacher.encode(text)[:8]} (first 8 "
-      f"ids); {remedy}"
-    )
+  obstacle = explain(student, teacher, difference)
+  if obstacle is not None:
+    raise InputError(obstacle)
   return difference

@@ -66,14 +66,16 @@ ALLOWED = {
   "interrupts": {"types"},
   "loop": CORE | TOOLS | {"task", "interrupts"},
   "setup": CORE | MEASURES,
-  "train": RUN | {"setup"},
+  "memory": CORE,
+  "preflight": CORE | {"setup", "memory"},
+  "train": RUN | {"setup", "preflight"},
   "sft": RUN | {"setup"},
   "saved": RUN | {"sft"},
   "run_export": RUN | {"saved"},
   #
   "cli": BASE
   | TEXT
-  | {"train", "sft", "run_export", "saved", "generate", "evaluate"},
+  | {"setup", "preflight", "train", "sft", "run_export", "saved", "generate", "evaluate"},
 }
 
 # Third-party package: the only modules that may import it.

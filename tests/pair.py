@@ -62,17 +62,18 @@ def write_model(folder, *, layers, seed, vocab_size):
 
 
 def write_pair(folder):
-  """Writes `student/`, `teacher/` and `texts.jsonl`; 10 texts."""
+  """Writes `student/`, `teacher/`, `texts.jsonl` and `held_out.jsonl`."""
   for role, layers, seed in (("student", 2, 0), ("teacher", 3, 1)):
     vocab_size = len(SPECIAL) + len(string.ascii_lowercase) + 3
     write_model(folder / role, layers=layers, seed=seed, vocab_size=vocab_size)
     write_tokenizer(folder / role)
-  rows = [
-    {"text": f"{letter * (index % 4 + 1)} is a letter."}
-    for index, letter in enumerate("abcdefghij")
-  ]
-  lines = [json.dumps(row) for row in rows]
-  (folder / "texts.jsonl").write_text("\n".join(lines) + "\n")
+  for name, letters in (("texts", "abcdefghij"), ("held_out", "klmnopqrst")):
+    rows = [
+      {"text": f"{letter * (index % 4 + 1)} is a letter."}
+      for index, letter in enumerate(letters)
+    ]
+    lines = [json.dumps(row) for row in rows]
+    (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
   return folder
 
 
@@ -89,7 +90,11 @@ def config_of(folder, **changes):
     "batch": {"prompts": 4, "rollouts": 2, "chunk_tokens": 16},
     "objective": {"name": "gkd"},
     "optimizer": {"learning_rate": 1e-3},
-    "held_out": {"path": str(folder / "texts.jsonl"), "every": 2, "batch": 4},
+    "held_out": {
+      "path": str(folder / "held_out.jsonl"),
+      "every": 2,
+      "batch": 4,
+    },
     "checkpoint": {"every": 3},
     "log": {"every": 1, "sample_every": 1, "time_split_every": None},
     "steps": 6,

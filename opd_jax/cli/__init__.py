@@ -19,6 +19,8 @@ USAGE = """usage: opd-jax COMMAND [--flag=value ...]
             distil a student; run again to resume
   sft       --config=FILE.py[:ARG] --workdir=DIR [--config.KEY=VALUE ...]
             fine-tune on given completions; run again to resume
+  preflight --config=FILE.py[:ARG] [--config.KEY=VALUE ...]
+            look for what may be wrong with a run before it starts
   eval      --model=DIR [--data=FILE --verifier=number --samples=8 ...]
             how often a checkpoint or a run is right, with intervals
   generate  --model=DIR --prompt=TEXT [--prompt=TEXT ...]
@@ -31,7 +33,15 @@ USAGE = """usage: opd-jax COMMAND [--flag=value ...]
 opd-jax COMMAND --help lists the flags of a command.
 """
 
-COMMANDS = ("train", "sft", "eval", "generate", "export", "dataset")
+COMMANDS = (
+  "train",
+  "sft",
+  "preflight",
+  "eval",
+  "generate",
+  "export",
+  "dataset",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

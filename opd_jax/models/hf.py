@@ -5,7 +5,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -323,6 +323,25 @@ def load(path: str | Path, model: Model, dtype: str = "float32") -> Params:
       )
 
     return jax.tree.map_with_path(read, model.abstract_params(dtype))
+
+
+def read_output_rows(
+  path: str | Path, config: ModelConfig, ids: Sequence[int]
+) -> np.ndarray:
+  """Rows of a checkpoint's output layer, one per id, as float32.
+
+  Args:
+    path: see `resolve`.
+    config: of the model.
+    ids: less than its `vocab_size`.
+
+  Raises:
+    InputError: see `check`.
+  """
+  name = _EMBEDDING if config.tie_embeddings else _HEAD
+  with _open(check(path, config)[name]) as source:
+    rows = source.get_slice(name)
+    return np.stack([rows[index].astype(np.float32) for index in ids])
 
 
 def _once_per_block(

@@ -1,0 +1,175 @@
+"""What became of the rows, and whether evaluation rows are among them."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from opd_jax import templates
+from opd_jax.config import RunConfig, SourceConfig
+from opd_jax.data import sources
+from opd_jax.data.files import read_jsonl
+from opd_jax.data.prompts import PromptReport
+from opd_jax.preflight.report import Finding, Section, table
+from opd_jax.setup import Setup
+
+_SHOWN = 60
+
+
+def inspect(setup: Setup) -> Section:
+  """Counts the rows and looks for evaluation rows among them."""
+  config = setup.config
+  reports = {**setup.prompts.reports, "all": setup.prompts.report}
+  names = [field.name for field in dataclasses.fields(PromptReport)]
+  weights = [source.weight for source in config.data.sources.values()]
+  shares = [f"{100 * weight / sum(weights):.1f} %" for weight in weights]
+  rows = [
+    ("source", "share", *(name.replace("_", " ") for name in names)),
+    *(
+      (name, share, *(_number(getattr(report, field)) for field in names))
+      for (name, report), share in zip(
+        reports.items(), [*shares, "100 %"], strict=True
+      )
+    ),
+  ]
+  if len(weights) == 1:
+    rows.pop()
+  found = overlaps(config)
+  lines = (
+    *table(rows),
+    f"lengths in ids; data.max_prompt_tokens = "
+    f"{config.data.max_prompt_tokens}, data.overlong = "
+    f"{config.data.overlong!r}",
+    *(
+      f"{overlap.key}: {overlap.count:,} of {overlap.rows:,} rows are in the "
+      "training data too"
+      for overlap in found
+    ),
+  )
+  return Section(
+    title="data",
+    lines=lines,
+    figures={
+      "sources": {
+        name: dataclasses.asdict(report) for name, report in reports.items()
+      },
+      "overlaps": {overlap.key: overlap.count for overlap in found},
+    },
+    findings=tuple(_leak(overlap) for overlap in found if overlap.count),
+  )
+
+
+def _number(value: float) -> str:
+  return f"{value:,}" if isinstance(value, int) else f"{value:,.1f}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Overlap:
+  """Rows of an evaluation that are in the training data.
+
+  Attributes:
+    key: of the config, that names the evaluation's rows.
+    rows: of the evaluation.
+    count: how many of them are in the training data.
+    text: the first of them.
+    where: it is found in the evaluation.
+    trained: the same, in the training data.
+  """
+
+  key: str
+  rows: int
+  count: int
+  text: str = ""
+  where: str = ""
+  trained: str = ""
+
+
+def overlaps(config: RunConfig) -> list[Overlap]:
+  """Compares each evaluation of a run with its training data.
+
+  Two rows are the same if their texts are, or the fields their templates name,
+  whatever the case of letters and the white space.
+  """
+  found = []
+  for key, rows in _evaluations(config).items():
+    seen: dict[str, int] = {}
+    for index, (_, keys) in enumerate(rows):
+      for text in keys:
+        seen.setdefault(text, index)
+    # The first place in the training data of each row of the evaluation.
+    places: dict[int, str] = {}
+    for where, keys in _training(config.data.sources):
+      for text in keys:
+        if text in seen:
+          places.setdefault(seen[text], where)
+    overlap = Overlap(key=key, rows=len(rows), count=len(places))
+    if places:
+      first = min(places)
+      where, keys = rows[first]
+      overlap = dataclasses.replace(
+        overlap, text=keys[0], where=where, trained=places[first]
+      )
+    found.append(overlap)
+  return found
+
+
+def _leak(overlap: Overlap) -> Finding:
+  return Finding(
+    name="eval_rows_in_training",
+    message=(
+      f"{overlap.count:,} of {overlap.rows:,} rows of {overlap.key} are in the "
+      f"training data: {overlap.where} is {overlap.trained}: "
+      f"{overlap.text[:_SHOWN]!r}; take them out of one of the two, or the "
+      "result will look better than it is"
+    ),
+  )
+
+
+Keyed = tuple[str, tuple[str, ...]]
+
+
+def _training(sources_of: Mapping[str, SourceConfig]) -> Iterator[Keyed]:
+  """Where each row is, and its texts for comparison."""
+  for source in sources_of.values():
+    yield from _rows(source)
+
+
+def _evaluations(config: RunConfig) -> dict[str, list[Keyed]]:
+  found: dict[str, list[Keyed]] = {}
+  if config.eval.source is not None:
+    found["eval.source"] = list(_rows(config.eval.source))
+  held_out = config.held_out
+  if held_out.path is not None:
+    rows = read_jsonl(held_out.path)[: held_out.rows]
+    found["held_out"] = []
+    for number, row in enumerate(rows, start=1):
+      where = f"{held_out.path}, line {number}"
+      found["held_out"].append((where, _keys(held_out.text, row, where)))
+  return found
+
+
+def _rows(source: SourceConfig) -> Iterator[Keyed]:
+  config = source.prompt
+  for index, row in enumerate(sources.read(source)):
+    where = sources.where(source, index)
+    if config.messages is not None:
+      # `templates.prompt` has refused rows whose messages are none.
+      text = "\n".join(part["content"] for part in row[config.messages])
+      yield where, (_normalised(text),)
+    else:
+      yield where, _keys(config.text, row, where)
+
+
+def _keys(template: str, row: Mapping[str, Any], where: str) -> tuple[str, ...]:
+  """The text of a row, and its fields alone, for comparison."""
+  bare = " ".join(
+    f"{{{field}}}" for field in dict.fromkeys(templates.fields(template))
+  )
+  return tuple(
+    dict.fromkeys(
+      _normalised(templates.fill(form, row, where)) for form in (template, bare)
+    )
+  )
+
+
+def _normalised(text: str) -> str:
+  return " ".join(text.split()).casefold()

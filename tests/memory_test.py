@@ -1,0 +1,138 @@
+"""The memory of a step: exact parts against arrays that exist, all of it
+against the compiler's own account."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from opd_jax import memory
+from opd_jax.programs import Programs
+from opd_jax.types import PromptBatch, StepInputs
+from tests import engine
+
+MESHES = {
+  "one device": ({}, 1),
+  "eight": ({"replica": 2, "fsdp": 2, "tensor": 2}, 8),
+}
+PROMPTS, WINDOW = 8, engine.WINDOW
+
+
+def on_first_device(tree):
+  """Bytes that arrays really have on the first device."""
+  return sum(
+    shard.data.nbytes
+    for leaf in jax.tree.leaves(tree)
+    for shard in leaf.addressable_shards
+    if shard.device == jax.devices()[0]
+  )
+
+
+def parts_of(step):
+  found = memory.estimate(step, PROMPTS, WINDOW)
+  return found, {part.name: part for part in found.parts}
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_exact_parts_are_the_sizes_of_real_arrays(mesh, dtype):
+  sizes, devices = MESHES[mesh]
+  step = engine.make_step(mesh=sizes, devices=devices, compute_dtype=dtype)
+  found, parts = parts_of(step)
+  state, frozen = engine.make_state(step)
+  teacher = jax.tree.map(lambda leaf: leaf.astype(dtype), frozen["teacher"])
+  rows = PROMPTS * engine.ROLLOUTS
+  cache = jax.jit(
+    lambda: step.decoder.init_cache(rows, WINDOW + engine.LENGTH)
+  )()
+  real = {
+    "student weights": on_first_device(state.params),
+    "optimizer state": on_first_device((state.optimizer, state.step)),
+    "teacher weights": on_first_device(teacher),
+    "KV cache": on_first_device(cache),
+  }
+  assert {name: parts[name].size for name in real} == real
+  assert all(parts[name].exact for name in real)
+  assert found.resident == sum(real.values()) - real["KV cache"]
+
+
+def test_decode_copy_is_what_sampling_has_to_copy():
+  for mesh, dtype, copied in (
+    ({}, "float32", lambda name: False),
+    ({}, "bfloat16", lambda name: name != "scale"),
+    ({"fsdp": 4, "tensor": 2}, "float32", lambda name: name != "scale"),
+  ):
+    devices = math.prod(mesh.values())
+    step = engine.make_step(mesh=mesh, devices=devices, compute_dtype=dtype)
+    state, _ = engine.make_state(step)
+    copy = jax.jit(step._decode_params)(state.params)
+    real = sum(
+      on_first_device(leaf)
+      for path, leaf in jax.tree_util.tree_leaves_with_path(copy)
+      if copied(path[-1].key)
+    )
+    _, parts = parts_of(step)
+    assert parts["decode copy"].size == real
+
+
+@pytest.mark.parametrize(
+  ("mesh", "changes", "remat"),
+  [
+    ("one device", {}, "none"),
+    ("one device", {"micro_batches": 4, "chunk_tokens": 64}, "full"),
+    ("eight", {"compute_dtype": "bfloat16"}, "none"),
+  ],
+)
+def test_the_whole_is_near_the_compilers_account(mesh, changes, remat):
+  """Within a quarter: XLA decides what it fuses, keeps and recomputes."""
+  sizes, devices = MESHES[mesh]
+  step = engine.make_step(mesh=sizes, devices=devices, **changes)
+  student = dataclasses.replace(step.scorer.student, remat=remat)
+  step = dataclasses.replace(
+    step,
+    scorer=dataclasses.replace(step.scorer, student=student),
+    sampling=dataclasses.replace(step.sampling, max_new_tokens=48),
+  )
+  layout = student.layout
+
+  def struct(*shape):
+    axes = ("batch",) + (None,) * (len(shape) - 1)
+    return jax.ShapeDtypeStruct(
+      shape, jnp.int32, sharding=layout.sharding(axes)
+    )
+
+  inputs = StepInputs(
+    prompts=PromptBatch(tokens=struct(PROMPTS, WINDOW), lengths=struct(PROMPTS))
+  )
+  teacher = step.scorer.teacher
+  frozen = {"teacher": teacher.abstract_params(teacher.compute_dtype)}
+  programs = Programs(step, "fused")
+  programs.compile(step.abstract_state(), frozen, inputs)
+  account = programs.compiled["train"].memory_analysis()
+  found, _ = parts_of(step)
+  # The arguments are the resident arrays and the prompts' ids.
+  ids = memory.shard_bytes(inputs)
+  assert found.resident + ids == pytest.approx(
+    account.argument_size_in_bytes, rel=0.01
+  )
+  whole = account.argument_size_in_bytes + account.temp_size_in_bytes
+  assert found.total == pytest.approx(whole, rel=0.25)
+
+
+def test_longer_prompts_of_the_teacher_count():
+  step = engine.make_step()
+  short = memory.estimate(step, PROMPTS, WINDOW)
+  long = memory.estimate(step, PROMPTS, WINDOW, 10 * WINDOW)
+  name = "attention of the teacher"
+  sizes = [
+    next(part.size for part in found.parts if part.name == name)
+    for found in (short, long)
+  ]
+  # 2 x rows x heads x slots^2 x 4 bytes.
+  rows = PROMPTS * engine.ROLLOUTS
+  assert sizes == [
+    2 * rows * 4 * (window + engine.LENGTH) ** 2 * 4
+    for window in (WINDOW, 10 * WINDOW)
+  ]
