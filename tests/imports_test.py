@@ -74,7 +74,16 @@ ALLOWED = {
   #
   "cli": BASE
   | TEXT
-  | {"setup", "preflight", "train", "sft", "run_export", "saved", "generate", "evaluate"},
+  | {
+    "setup",
+    "preflight",
+    "train",
+    "sft",
+    "run_export",
+    "saved",
+    "generate",
+    "evaluate",
+  },
 }
 
 # Third-party package: the only modules that may import it.
