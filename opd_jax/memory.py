@@ -24,6 +24,7 @@ from opd_jax.types import Params, PromptBatch, ScoringBatch
 Phase = Literal[
   "always",
   "sampling",
+  "evaluation",
   "update",
   "teacher forward",
   "vocabulary loop",
@@ -75,14 +76,37 @@ class Estimate:
       self._sum("vocabulary loop"),
       self._sum("backward pass"),
     )
-    return self.resident + max(self._sum("sampling"), update)
+    return self.resident + max(
+      self._sum("sampling"), self._sum("evaluation"), update
+    )
 
   def _sum(self, phase: Phase) -> int:
     return sum(part.size for part in self.parts if part.phase == phase)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decoding:
+  """Sizes of what is sampled at the same time.
+
+  Attributes:
+    prompts: over all devices.
+    rollouts: G, completions of each.
+    window: P, slots of a prompt.
+    length: T, slots of a completion.
+  """
+
+  prompts: int
+  rollouts: int
+  window: int
+  length: int
+
+
 def estimate(
-  step: Step, prompts: int, window: int, teacher_window: int | None = None
+  step: Step,
+  prompts: int,
+  window: int,
+  teacher_window: int | None = None,
+  evaluation: Decoding | None = None,
 ) -> Estimate:
   """Counts what one device holds during a step.
 
@@ -95,13 +119,22 @@ def estimate(
     prompts: per step, over all devices.
     window: P, slots of a prompt.
     teacher_window: slots of the teacher's prompts; None for the student's.
+    evaluation: of the student, between steps.
   """
+  rollout = Decoding(
+    prompts=prompts,
+    rollouts=step.rollouts,
+    window=window,
+    length=step.sampling.max_new_tokens,
+  )
   rows = prompts * step.rollouts
   parts = [
     *_weights(step),
-    *_sampling(step, prompts, window),
+    *_sampling(step, rollout, "sampling", ""),
     *_update(step, rows, window, teacher_window or window),
   ]
+  if evaluation is not None:
+    parts += _sampling(step, evaluation, "evaluation", "evaluation: ")
   return Estimate(parts=tuple(parts), limit=device_limit())
 
 
@@ -180,42 +213,44 @@ def _weights(step: Step) -> Iterable[Part]:
     )
 
 
-def _sampling(step: Step, prompts: int, window: int) -> Iterable[Part]:
+def _sampling(
+  step: Step, sizes: Decoding, phase: Phase, prefix: str
+) -> Iterable[Part]:
   model = step.decoder
-  slots = window + step.sampling.max_new_tokens
-  rows = prompts * step.rollouts
+  slots = sizes.window + sizes.length
+  rows = sizes.prompts * sizes.rollouts
   yield Part(
-    name="decode copy",
+    name=f"{prefix}decode copy",
     size=shard_bytes(decode_copy(step)),
-    phase="sampling",
+    phase=phase,
     exact=True,
     formula=(
       f"parameters x {_itemsize(model)} bytes, where dtype or place changes"
     ),
   )
   yield Part(
-    name="KV cache",
+    name=f"{prefix}KV cache",
     size=shard_bytes(cache(model, rows, slots)),
-    phase="sampling",
+    phase=phase,
     exact=True,
     formula=(
       f"{rows} rows x {slots} slots x layers x kv heads x head size x 2 x "
       f"{_itemsize(model)} bytes"
     ),
   )
-  if step.rollouts > 1:
+  if sizes.rollouts > 1:
     yield Part(
-      name="KV cache of the prompts",
-      size=shard_bytes(cache(model, prompts, slots)),
-      phase="sampling",
+      name=f"{prefix}KV cache of the prompts",
+      size=shard_bytes(cache(model, sizes.prompts, slots)),
+      phase=phase,
       exact=False,
       formula="the same of the prompts, before the copy to rollouts",
     )
   columns = _columns(model)
   yield Part(
-    name="logits of the draw",
+    name=f"{prefix}logits of the draw",
     size=_share(rows, model.layout) * columns * 4 * 2,
-    phase="sampling",
+    phase=phase,
     exact=False,
     formula="rows x vocabulary x 4 bytes, twice",
   )

@@ -67,7 +67,7 @@ def test_decode_copy_is_what_sampling_has_to_copy():
     devices = math.prod(mesh.values())
     step = engine.make_step(mesh=mesh, devices=devices, compute_dtype=dtype)
     state, _ = engine.make_state(step)
-    copy = jax.jit(step._decode_params)(state.params)
+    copy = jax.jit(step.decoder.working_copy)(state.params)
     real = sum(
       on_first_device(leaf)
       for path, leaf in jax.tree_util.tree_leaves_with_path(copy)
@@ -136,3 +136,18 @@ def test_longer_prompts_of_the_teacher_count():
     2 * rows * 4 * (window + engine.LENGTH) ** 2 * 4
     for window in (WINDOW, 10 * WINDOW)
   ]
+
+
+def test_a_large_evaluation_counts():
+  step = engine.make_step()
+  plain, parts = parts_of(step)
+  decoding = memory.Decoding(prompts=1000, rollouts=8, window=9, length=50)
+  found = memory.estimate(step, PROMPTS, WINDOW, evaluation=decoding)
+  sizes = {part.name: part.size for part in found.parts}
+  # 2 layers x rows x 2 kv heads x slots x 8 of keys and of values, and the
+  # positions of the slots.
+  slots = 1000 * 8 * 59
+  assert sizes["evaluation: KV cache"] == slots * (2 * 2 * 8 * 2 * 4 + 4)
+  assert sizes["evaluation: decode copy"] == parts["decode copy"].size
+  assert found.total > plain.total
+  assert found.total < plain.resident + 1.2 * sizes["evaluation: KV cache"]

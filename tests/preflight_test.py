@@ -315,9 +315,9 @@ def test_chat_prompts_that_lose_their_beginning(folder):
 
 def test_evaluation_rows_in_the_training_data(folder):
   rows = [
-    {"question": "New?", "text": "new"},
-    {"question": "  BB is\n a letter. ", "text": "b"},
-    {"question": "c is a letter.", "text": "c"},
+    {"question": "New?", "answer": "1"},
+    {"question": "  BB is\n a letter. ", "answer": "2"},
+    {"question": "z is a letter.", "answer": "3"},
   ]
   file = folder / "problems.jsonl"
   file.write_text("\n".join(json.dumps(row) for row in rows) + "\n")

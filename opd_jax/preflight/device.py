@@ -1,7 +1,7 @@
 """Memory of each device, before anything is placed on it."""
 
 from opd_jax import memory
-from opd_jax.memory import Estimate
+from opd_jax.memory import Decoding, Estimate
 from opd_jax.preflight.report import Finding, Section, table
 from opd_jax.setup import Setup
 from opd_jax.step import Step
@@ -14,6 +14,7 @@ def inspect(setup: Setup, step: Step) -> Section:
     setup.config.batch.prompts,
     setup.config.data.max_prompt_tokens,
     setup.prompts.teacher_window,
+    _evaluation(setup, step),
   )
   rows = [
     (
@@ -81,10 +82,25 @@ def findings(found: Estimate) -> tuple[Finding, ...]:
         f"a step takes about {size_text(found.total)} of each device, which "
         f"offers {size_text(limit)}; the largest part is {largest.name} "
         f"({size_text(largest.size)}); raise batch.micro_batches, set "
-        'student.remat to "full", or lower batch.prompts, batch.chunk_tokens '
-        "or sampling.max_new_tokens"
+        'student.remat to "full", or lower batch.prompts, batch.chunk_tokens, '
+        "sampling.max_new_tokens or eval.batch"
       ),
     ),
+  )
+
+
+def _evaluation(setup: Setup, step: Step) -> Decoding | None:
+  """What the evaluation of the student samples at the same time."""
+  if setup.problems is None:
+    return None
+  asked = setup.problems.prompts
+  shards = step.decoder.layout.shards("batch")
+  prompts = min(asked.batch, len(asked.prompts))
+  return Decoding(
+    prompts=-(-prompts // shards) * shards,
+    rollouts=asked.samples,
+    window=max(len(prompt.ids) for prompt in asked.prompts),
+    length=asked.sampling.max_new_tokens,
   )
 
 
