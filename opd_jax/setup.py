@@ -58,13 +58,11 @@ class Setup:
   objective: Objective
 
 
-def prepare(config: RunConfig, *, strict: bool = True) -> Setup:
-  """Reads and checks all a run needs.
+def prepare(config: RunConfig) -> Setup:
+  """Reads all a run needs, and checks it as far as it cannot go on without.
 
-  Args:
-    config: of the run.
-    strict: refuse tokenizers that differ, unless `preflight.allow` names
-      "tokenizers_differ"; otherwise they are left to `preflight.inspect`.
+  What may be wrong although it could run is the business of
+  `preflight.inspect`.
 
   Raises:
     InputError: whatever is wrong with the config, the checkpoints, the
@@ -81,10 +79,7 @@ def prepare(config: RunConfig, *, strict: bool = True) -> Setup:
     hf.check(source.path, models[role])
   student_tokenizer = tokenizer.load(hf.resolve(config.student.path))
   teacher_tokenizer = tokenizer.load(hf.resolve(config.teacher.path))
-  if strict and "tokenizers_differ" not in config.preflight.allow:
-    difference = tokenizer.check_same(student_tokenizer, teacher_tokenizer)
-  else:
-    difference = tokenizer.compare(student_tokenizer, teacher_tokenizer)
+  difference = tokenizer.compare(student_tokenizer, teacher_tokenizer)
   vocab_size = min(
     models["student"].vocab_size,
     models["teacher"].vocab_size,

@@ -310,17 +310,3 @@ def explain(
       f"the tokenizers of {names} have the same ids but {encoded}; {remedy}"
     )
   return None
-
-
-def check_same(student: Tokenizer, teacher: Tokenizer) -> Difference:
-  """Makes sure that a teacher can score the student's ids; see `explain`.
-
-  Raises:
-    InputError: an id stands for different tokens, or a text is encoded
-      differently.
-  """
-  difference = compare(student, teacher)
-  obstacle = explain(student, teacher, difference)
-  if obstacle is not None:
-    raise InputError(obstacle)
-  return difference

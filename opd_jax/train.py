@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opd_jax import flops, loop
+from opd_jax import flops, loop, preflight
 from opd_jax import setup as setup_lib
 from opd_jax.config import RunConfig
 from opd_jax.data.prompts import Batch, Tokens
@@ -52,6 +52,8 @@ def train(config: RunConfig, workdir: str | Path) -> Summary:
   began = time.monotonic()
   setup = setup_lib.prepare(config)
   step = setup_lib.make_step(setup)
+  report = preflight.inspect(setup, step)
+  report.enforce()
   measurements: list[Measurement] = []
   if setup.held_out is not None:
     measurements.append(
@@ -60,7 +62,7 @@ def train(config: RunConfig, workdir: str | Path) -> Summary:
   if setup.problems is not None:
     measurements.append(Accuracy(setup.problems, step.decoder))
   return loop.run(
-    Distillation(setup, step),
+    Distillation(setup, step, report),
     setup.prompts,
     workdir,
     measurements=measurements,
@@ -79,9 +81,10 @@ class Distillation:
 
   kind = "train"
 
-  def __init__(self, setup: Setup, step: Step):
+  def __init__(self, setup: Setup, step: Step, report: preflight.Report):
     """Places nothing yet."""
     self._setup = setup
+    self._report = report
     self._step = step
     self._programs = Programs(step, setup.config.mode)
     self._frozen: dict[str, Params] = {}
@@ -95,7 +98,9 @@ class Distillation:
 
   def describe(self) -> Iterator[str]:
     """What a run is about to do, in a few lines."""
-    return describe(self._setup, self._step)
+    yield from describe(self._setup, self._step)
+    for line in self._report.brief():
+      yield f"preflight: {line}"
 
   def abstract_state(self) -> TrainState:
     """Shapes and places of the state."""

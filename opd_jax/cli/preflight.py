@@ -43,7 +43,7 @@ def run(arguments: Sequence[str]) -> int:
   )
   from opd_jax import preflight, setup
 
-  prepared = setup.prepare(config, strict=False)
+  prepared = setup.prepare(config)
   report = preflight.inspect(
     prepared, setup.make_step(prepared), with_probe=values.probe
   )
