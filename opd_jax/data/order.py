@@ -1,39 +1,40 @@
-"""The order in which examples are used: endless, seeded, by random access."""
+"""The order in which rows are used: endless, seeded, by random access."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import grain
 
+# Without end: more than a run can draw. A stream that grain calls infinite
+# cannot be cut into batches of 1, whose number would overflow.
+_EPOCHS = 2**31
+
 
 def endless(
-  counts: Sequence[int],
+  sources: Sequence[Sequence[int]],
   weights: Sequence[float],
   *,
   seed: int,
   shuffle: bool,
-) -> Callable[[int], int]:
-  """The index of the example at each place of an endless order.
+) -> grain.MapDataset:
+  """Rows without end: each source in its own order, mixed by weights.
 
-  The n-th use of a source goes through all of it once before any example comes
-  again, in a new order each time. Several sources are interleaved in
-  proportion to their weights.
+  A source begins its next epoch, in a new order, when its rows are used up.
 
   Args:
-    counts: examples of each source; their indices follow each other.
+    sources: indices of the rows of each.
     weights: of the sources.
     seed: of the order.
-    shuffle: false keeps the order of the examples.
+    shuffle: false keeps the order of the rows.
   """
-  parts = []
-  first = 0
-  for number, count in enumerate(counts):
-    part = grain.MapDataset.source(range(first, first + count))
+  streams = []
+  for number, rows in enumerate(sources):
+    stream = grain.MapDataset.source(rows)
     if shuffle:
-      part = part.seed(seed + number).shuffle()
-    parts.append(part.repeat())
-    first += count
-  order: Any = parts[0]
-  if len(parts) > 1:
-    order = grain.MapDataset.mix(parts, weights=list(weights))
-  return lambda place: int(order[place])
+      # Sources of one size must not be shuffled alike.
+      stream = stream.seed((seed + 7919 * number) % 2**32).shuffle()
+    streams.append(stream.repeat(_EPOCHS))
+  if len(streams) == 1:
+    return streams[0]
+  # Hundredths of the smallest: grain mixes by whole numbers.
+  shares = [round(100 * weight / min(weights)) for weight in weights]
+  return grain.MapDataset.mix(streams, shares)

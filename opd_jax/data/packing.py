@@ -9,6 +9,7 @@ seed and its number alone. Arrays are numpy's.
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -71,7 +72,8 @@ class PackedBatch:
     tokens: ids; 0 in empty slots.
     positions: from the first id of each example; -1 in empty slots.
     segments: number of the example in its row; -1 in empty slots.
-    learned: ids of completions and ends; no first id of an example.
+    learned: ids of completions and their ends; never the first of an example,
+      which nothing predicts.
     examples: of each row, indices of what lies in it.
   """
 
@@ -120,8 +122,9 @@ class PackedExamples(Iterator[PackedBatch]):
       config, tokenizer, row_tokens, vocab_size
     )
     self._digest = _digest(self._examples)
-    self._order = order.endless(
-      counts,
+    bounds = [0, *itertools.accumulate(counts)]
+    self._order: Any = order.endless(
+      [range(*pair) for pair in itertools.pairwise(bounds)],
       [source.weight for source in config.sources.values()],
       seed=seed,
       shuffle=config.shuffle,
@@ -197,7 +200,8 @@ class PackedExamples(Iterator[PackedBatch]):
     """Packs the examples of a window, and stands before its first row."""
     size = min(_WINDOW, len(self._examples))
     indices = [
-      self._order(place) for place in range(window * size, (window + 1) * size)
+      int(self._order[place])
+      for place in range(window * size, (window + 1) * size)
     ]
     lengths = [len(self._examples[index].ids) for index in indices]
     self._rows = [
