@@ -72,7 +72,8 @@ class PackedBatch:
     tokens: ids; 0 in empty slots.
     positions: from the first id of each example; -1 in empty slots.
     segments: number of the example in its row; -1 in empty slots.
-    learned: ids of completions and ends; no first id of an example.
+    learned: ids of completions and their ends; never the first of an example,
+      which nothing predicts.
     examples: of each row, indices of what lies in it.
   """
 
@@ -121,9 +122,9 @@ class PackedExamples(Iterator[PackedBatch]):
       config, tokenizer, row_tokens, vocab_size
     )
     self._digest = _digest(self._examples)
-    starts = itertools.accumulate(counts, initial=0)
-    self._order = order.endless(
-      [range(*ends) for ends in itertools.pairwise(starts)],
+    bounds = [0, *itertools.accumulate(counts)]
+    self._order: Any = order.endless(
+      [range(*pair) for pair in itertools.pairwise(bounds)],
       [source.weight for source in config.sources.values()],
       seed=seed,
       shuffle=config.shuffle,
@@ -198,8 +199,10 @@ class PackedExamples(Iterator[PackedBatch]):
   def _open(self, window: int) -> None:
     """Packs the examples of a window, and stands before its first row."""
     size = min(_WINDOW, len(self._examples))
-    places = range(window * size, (window + 1) * size)
-    indices: list[Any] = [self._order[place] for place in places]
+    indices = [
+      int(self._order[place])
+      for place in range(window * size, (window + 1) * size)
+    ]
     lengths = [len(self._examples[index].ids) for index in indices]
     self._rows = [
       tuple(indices[place] for place in row)

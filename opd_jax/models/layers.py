@@ -92,6 +92,7 @@ class Linear(nnx.Module):
 
   def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
     """The product, in the dtype of x."""
+    # As one matrix: the gradient of a product of [B, T, D] is laid out badly.
     lead = x.shape[: x.ndim - self.inputs]
     flat = x.reshape(-1, *x.shape[x.ndim - self.inputs :])
     y = product(self.equation, flat, self.kernel[...].astype(x.dtype))
