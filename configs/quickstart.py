@@ -48,7 +48,7 @@ def get_config() -> ConfigDict:
         "every": 25,
         "teacher": True,
       },
-      "log": {"every": 5, "sample_every": 25},
+      "log": {"every": 5, "sample_every": 25, "time_split_every": None},
       "steps": 100,
     }
   )

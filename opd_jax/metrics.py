@@ -162,7 +162,10 @@ class Progress:
       self._bar.start()
 
   def update(self, step: int, values: Mapping[str, float]) -> None:
-    """Shows the step reached, and the loss, held-out loss and speed given."""
+    """Shows the step reached, and those of the values that are of interest."""
+    if step == self._start:
+      # What comes before the first step says nothing of the others.
+      self._began = time.monotonic()
     new = {
       label: f"{label} {form.format(values[name])}"
       for name, label, form in _SHOWN
