@@ -550,6 +550,12 @@ class SftDataConfig:
       "data.sources must name at least one source, such as "
       '{"mine": {"path": "examples.jsonl"}}',
     )
+    for name, source in self.sources.items():
+      require(
+        source.teacher_prompt is None,
+        f"data.sources.{name}.teacher_prompt is for `train`, where a teacher "
+        "scores; leave it out",
+      )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

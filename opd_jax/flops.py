@@ -60,6 +60,7 @@ def step(
   rows: int,
   prompt_length: float,
   completion_length: float,
+  frozen_prompt_length: float | None = None,
 ) -> float:
   """Operations of one step on real (not padded) tokens.
 
@@ -70,18 +71,23 @@ def step(
     rows: completions.
     prompt_length: tokens per prompt, on average.
     completion_length: tokens per completion, on average.
+    frozen_prompt_length: tokens per prompt that frozen models read; None for
+      the student's.
   """
   drawn = rows * completion_length
-  length = prompt_length + completion_length
   prefill = forward(
     student, prompts * prompt_length, prompt_length / 2, prompts
   )
   decode = forward(student, drawn, prompt_length + completion_length / 2, drawn)
 
-  def score(config: ModelConfig) -> float:
+  def score(config: ModelConfig, before: float) -> float:
+    length = before + completion_length
     return forward(config, rows * length, length / 2, drawn)
 
-  return prefill + decode + 3 * score(student) + sum(map(score, frozen))
+  if frozen_prompt_length is None:
+    frozen_prompt_length = prompt_length
+  scores = [score(config, frozen_prompt_length) for config in frozen]
+  return prefill + decode + 3 * score(student, prompt_length) + sum(scores)
 
 
 def supervised(

@@ -109,7 +109,12 @@ class Step(Update):
     state, metrics = self.update(
       state, frozen, batch, pure_sampling=self.sampling.is_pure
     )
-    return state, {**metrics, **rollout_metrics(rollout)}
+    metrics = {**metrics, **rollout_metrics(rollout)}
+    if inputs.teacher_prompts is not None:
+      metrics["teacher/prompt_length_mean"] = jnp.mean(
+        inputs.teacher_prompts.lengths, dtype=jnp.float32
+      )
+    return state, metrics
 
   def scoring_batch(self, rollout: Rollout, inputs: StepInputs) -> ScoringBatch:
     """All drawn tokens carry loss and have a behavior log-probability."""

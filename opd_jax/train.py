@@ -159,6 +159,7 @@ class Distillation:
       rows=batch.prompts * batch.rollouts,
       prompt_length=record["rollout/prompt_length_mean"],
       completion_length=record["rollout/length_mean"],
+      frozen_prompt_length=record.get("teacher/prompt_length_mean"),
     )
     return Work(tokens=record["rollout/tokens"], operations=operations)
 

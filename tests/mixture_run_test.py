@@ -19,7 +19,8 @@ from tests.data.letters import write_rows
 
 BATCH = {"batch": {"prompts": 8}, "checkpoint": {"every": 2}}
 CHAT = (
-  "{% for m in messages %}{{ m['role'][0] }}. {{ m['content'] }} {% endfor %}"
+  "{{ bos_token }}{% for m in messages %}"
+  "{{ m['role'][0] }}. {{ m['content'] }} {% endfor %}"
 )
 
 
@@ -64,7 +65,7 @@ def losses(workdir):
 
 def test_a_run_says_what_it_reads(folder):
   setup = prepare(parse(RunConfig, config_of(folder, batch={"prompts": 8})))
-  # "u. a, aaa " and the id in front of every text.
+  # Of source texts, where it reads what the student reads: <s> and 17 letters.
   assert setup.prompts.teacher_window == 18
   (lines,) = ["\n".join(describe(setup, make_step(setup)))]
   for part in (

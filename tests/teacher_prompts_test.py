@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from opd_jax import flops
 from opd_jax.types import PromptBatch
 from tests import engine
 from tests.objectives import support
@@ -167,6 +168,25 @@ def test_fused_is_split():
   )
   _assert_close(fused.params, split.params)
   _assert_close(metrics, split_metrics, atol=1e-5)
+  lengths = np.asarray(inputs.teacher_prompts.lengths)
+  assert float(metrics["teacher/prompt_length_mean"]) == lengths.mean()
+
+
+def test_operations_of_longer_teacher_prompts():
+  """2 per weight and token, and what attention adds with its context."""
+  counts = {"prompts": 4, "rows": 8, "prompt_length": 6, "completion_length": 7}
+
+  def operations(length):
+    return flops.step(
+      engine.STUDENT, (engine.TEACHER,), **counts, frozen_prompt_length=length
+    )
+
+  assert operations(None) == operations(6)
+  # TEACHER: 3 layers of D = 32, F = 64, 4 heads and 2 of keys, H = 8.
+  weights = 3 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64)
+  attended = 3 * 4 * 32 * (16 * 8 - 13 * 6.5)
+  more = 8 * (3 * 2 * weights + attended)
+  assert operations(9) - operations(6) == pytest.approx(more)
 
 
 def test_prompts_are_repeated_for_the_rollouts():

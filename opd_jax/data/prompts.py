@@ -309,9 +309,10 @@ def _check_kept(
         f"none of the {report.rows} rows of source {name!r} "
         f"({config.sources[name].path}) can be used: {report.dropped} with "
         f"prompts longer than data.max_prompt_tokens = "
-        f"{config.max_prompt_tokens} (the longest has {report.longest}) and "
-        f"{report.empty} empty; raise data.max_prompt_tokens, set "
-        'data.overlong to "truncate_left", or leave the source out'
+        f"{config.max_prompt_tokens} (the student's longest has "
+        f"{report.longest}) and {report.empty} empty; raise "
+        'data.max_prompt_tokens, set data.overlong to "truncate_left", or '
+        "leave the source out"
       )
 
 

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from opd_jax import arith
-from opd_jax.config import SourceConfig
+from opd_jax.config import SftDataConfig, SourceConfig, TemplateConfig
 from opd_jax.data import sources
 from opd_jax.errors import InputError
 from tests.data.letters import write_rows
@@ -50,6 +50,14 @@ def test_a_file_has_no_splits_and_options(tmp_path):
     sources.read(SourceConfig(path=str(path), split="test"))
   with pytest.raises(InputError, match=r"and options, got .'rows': 3"):
     sources.read(SourceConfig(path=str(path), options={"rows": 3}))
+
+
+def test_fine_tuning_has_no_teacher():
+  source = SourceConfig(path="arith", teacher_prompt=TemplateConfig())
+  with pytest.raises(
+    InputError, match=r"sources\.sums\.teacher_prompt .*`train`"
+  ):
+    SftDataConfig(sources={"sums": source})
 
 
 def test_ids_are_checked():
