@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
       "batch": {"prompts": 64, "chunk_tokens": 1024},
       "objective": {"name": "gkd", "beta": 1.0},
       "optimizer": {
-        "learning_rate": 1e-3,
+        "learning_rate": 2e-3,
         "warmup_steps": 5,
         "schedule": "cosine",
         "final_fraction": 0.1,
