@@ -104,6 +104,12 @@ def test_a_run_and_its_export_are_the_same(home, run, tmp_path, capfd):
     max(one["tokens"] for row in of_run["rows"] for one in row["completions"])
     == 7
   )
+  # What the run has logged of these weights, drawn on another mesh.
+  lines = (run / "metrics.jsonl").read_text().splitlines()
+  logged = [r for r in map(json.loads, lines) if "eval/accuracy" in r]
+  assert [record.pop("step") for record in logged] == [0, 2]
+  assert logged[1] == pytest.approx(of_run["metrics"])
+  assert evaluated(tmp_path, f"--model={run}", "--step=best") == of_run
   # The weights it was trained to, not those it began with.
   first = [f"--model={home}/student", "--config=config.py:config.json"]
   assert evaluated(tmp_path, *first)["rows"] != of_run["rows"]
@@ -295,7 +301,6 @@ def test_a_bad_step_of_a_run(run, capfd, monkeypatch):
   model = [f"--model={run}"]
   capfd.readouterr()
   for step, part in (
-    ("best", "none is the best"),
     ("7", "steps there: 2"),
     ("-1", "latest, best or a number, got '-1'"),
   ):
