@@ -1,6 +1,7 @@
 """`opd-jax eval`, and `opd-jax generate` on a whole source."""
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -134,6 +135,40 @@ def test_a_run_and_its_export_are_the_same(home, run, tmp_path, capfd):
   assert of_run["estimates"]["avg@3"]["value"] == pytest.approx(np.mean(scores))
   assert printed.count("score") == 3
   assert f"  is it a{of_run['rows'][0]['completions'][0]['text']}" in printed
+
+
+def test_a_run_of_sft_too(home, tmp_path, capfd):
+  """From random weights: there are none beside its config.json."""
+  start = tmp_path / "start"
+  shutil.copytree(home / "student", start)
+  (start / "model.safetensors").unlink()
+  source = {
+    "path": str(home / "questions.jsonl"),
+    "prompt": {"text": "{question}"},
+    "completion": "{answer}",
+  }
+  values = {
+    "student": {"path": str(start), "init": "random"},
+    "data": {"sources": {"letters": source}},
+    "batch": {"rows": 8, "row_tokens": 8},
+    "optimizer": {"learning_rate": 0.05},
+    "eval": {
+      "source": source,
+      "verifier": "letter_verifier:letters",
+      "sampling": {"max_new_tokens": 5},
+    },
+    "steps": 2,
+  }
+  file, run = tmp_path / "sft.json", tmp_path / "run"
+  file.write_text(json.dumps(values))
+  command = [f"--config=config.py:{file}", f"--workdir={run}"]
+  assert cli.main(["sft", *command]) == 0
+  of_run = evaluated(tmp_path, f"--model={run}")
+  exported = [f"--model={run}/export", f"--config=config.py:{file}"]
+  of_export = evaluated(tmp_path, *exported)
+  assert of_run["step"] == 2
+  assert of_run["rows"] == of_export["rows"]
+  assert of_run["config"]["samples"] == 4
 
 
 def test_the_exported_weights_are_those_of_the_run(run, tmp_path, capfd):
