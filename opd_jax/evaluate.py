@@ -150,20 +150,19 @@ class Report:
     """avg@k, pass@k and maj@k by name; maj@k where the verifier can vote."""
     config = self.problems.config
     samples = config.samples
-    values = {f"avg@{samples}": self.scores.mean(axis=1)}
+    values = {f"avg@{samples}": (self.scores.mean(axis=1), 1)}
     for k in _pass_at(config):
-      values[f"pass@{k}"] = estimates.pass_at(self.right, k)
+      values[f"pass@{k}"] = estimates.pass_at(self.right, k), k
     votes = self._votes()
     if votes is not None:
-      values[f"maj@{samples}"] = estimates.majority_at(
-        votes, self.right, samples
-      )
+      majority = estimates.majority_at(votes, self.right, samples)
+      values[f"maj@{samples}"] = majority, samples
     return {
       name: Estimate(
         value=float(np.mean(found)),
-        interval=estimates.interval(found, samples),
+        interval=estimates.interval(found, samples / k),
       )
-      for name, found in values.items()
+      for name, (found, k) in values.items()
     }
 
   def metrics(self) -> dict[str, float]:

@@ -35,10 +35,11 @@ _UNSIGNED = (
   r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
 )
 _NUMBER = re.compile(
-  # Not inside a word or a longer number: "x2", "1.2.3".
+  # Not inside a word or a longer number: "x2", "1.2.3". So a minus between two
+  # numbers is no sign: "10-3".
   r"(?<![A-Za-z0-9_.])"
-  # A sign, unless it subtracts or joins: "10-3". Currency on either side.
-  r"(?P<sign>(?<![A-Za-z0-9)\]}])[-+])?(?:\\?[$€£])?(?P<inner>(?<=[$€£])[-+])?"
+  # A sign, unless it subtracts: "f(2)-3". Currency on either side of it.
+  r"(?P<sign>(?<![)\]}])[-+])?(?:\\?[$€£])?(?P<inner>(?<=[$€£])[-+])?"
   rf"(?:(?P<whole>[0-9]+) +(?=[0-9]+/[0-9]))?"
   rf"(?P<top>{_UNSIGNED})"
   r"(?:[eE](?P<exponent>[-+]?[0-9]{1,3})(?![0-9A-Za-z]))?"

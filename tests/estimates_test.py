@@ -121,6 +121,32 @@ def test_the_interval_covers(setting):
   assert 0.935 <= coverage(values, samples, mean) <= 0.965
 
 
+@pytest.mark.parametrize(
+  "setting",
+  [
+    (30, 8, 0.05, 0.6),
+    (60, 8, 0.95, 0.6),
+    (100, 8, 0.02, 0.1),
+    (30, 4, 0.9, 0.3),
+  ],
+  ids=str,
+)
+def test_the_interval_covers_few_right_or_wrong_answers_roughly(setting):
+  _, samples, mean, _ = setting
+  values = draws(np.random.default_rng(0), *setting)
+  assert 0.92 <= coverage(values, samples, mean) <= 0.98
+
+
+def test_one_wrong_answer_changes_little():
+  """That the others were right says little of how wrong answers cluster."""
+  values = np.ones(200)
+  alone = estimates.interval(values, 8)
+  values[0] = 7 / 8
+  one = estimates.interval(values, 8)
+  assert one.low == pytest.approx(alone.low, abs=0.007)
+  assert alone.high == 1 > one.high
+
+
 def test_the_interval_covers_one_sample_each_on_average_over_accuracies():
   """Of 30 answers there are 31 results: at one accuracy the coverage jumps."""
   rng = np.random.default_rng(0)
@@ -140,7 +166,7 @@ def test_the_interval_of_pass_at_k_covers():
   values = estimates.pass_at(right.reshape(-1, 8), 4).reshape(TRIALS, 100)
   # 1 - E (1 - c)^4, c being Beta(1, 2).
   truth = 1 - 2 / 6
-  assert 0.935 <= coverage(values, 8, truth) <= 0.965
+  assert 0.935 <= coverage(values, 8 / 4, truth) <= 0.965
 
 
 def test_one_sample_each_is_wilsons_interval():

@@ -1,6 +1,7 @@
 """`opd-jax eval`, and `opd-jax generate` on a whole source."""
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -104,6 +105,12 @@ def test_a_run_and_its_export_are_the_same(home, run, tmp_path, capfd):
     max(one["tokens"] for row in of_run["rows"] for one in row["completions"])
     == 7
   )
+  # What the run has logged of these weights, drawn on another mesh.
+  lines = (run / "metrics.jsonl").read_text().splitlines()
+  logged = [r for r in map(json.loads, lines) if "eval/accuracy" in r]
+  assert [record.pop("step") for record in logged] == [0, 2]
+  assert logged[1] == pytest.approx(of_run["metrics"])
+  assert evaluated(tmp_path, f"--model={run}", "--step=best") == of_run
   # The weights it was trained to, not those it began with.
   first = [f"--model={home}/student", "--config=config.py:config.json"]
   assert evaluated(tmp_path, *first)["rows"] != of_run["rows"]
@@ -128,6 +135,40 @@ def test_a_run_and_its_export_are_the_same(home, run, tmp_path, capfd):
   assert of_run["estimates"]["avg@3"]["value"] == pytest.approx(np.mean(scores))
   assert printed.count("score") == 3
   assert f"  is it a{of_run['rows'][0]['completions'][0]['text']}" in printed
+
+
+def test_a_run_of_sft_too(home, tmp_path, capfd):
+  """From random weights: there are none beside its config.json."""
+  start = tmp_path / "start"
+  shutil.copytree(home / "student", start)
+  (start / "model.safetensors").unlink()
+  source = {
+    "path": str(home / "questions.jsonl"),
+    "prompt": {"text": "{question}"},
+    "completion": "{answer}",
+  }
+  values = {
+    "student": {"path": str(start), "init": "random"},
+    "data": {"sources": {"letters": source}},
+    "batch": {"rows": 8, "row_tokens": 8},
+    "optimizer": {"learning_rate": 0.05},
+    "eval": {
+      "source": source,
+      "verifier": "letter_verifier:letters",
+      "sampling": {"max_new_tokens": 5},
+    },
+    "steps": 2,
+  }
+  file, run = tmp_path / "sft.json", tmp_path / "run"
+  file.write_text(json.dumps(values))
+  command = [f"--config=config.py:{file}", f"--workdir={run}"]
+  assert cli.main(["sft", *command]) == 0
+  of_run = evaluated(tmp_path, f"--model={run}")
+  exported = [f"--model={run}/export", f"--config=config.py:{file}"]
+  of_export = evaluated(tmp_path, *exported)
+  assert of_run["step"] == 2
+  assert of_run["rows"] == of_export["rows"]
+  assert of_run["config"]["samples"] == 4
 
 
 def test_the_exported_weights_are_those_of_the_run(run, tmp_path, capfd):
@@ -295,7 +336,6 @@ def test_a_bad_step_of_a_run(run, capfd, monkeypatch):
   model = [f"--model={run}"]
   capfd.readouterr()
   for step, part in (
-    ("best", "none is the best"),
     ("7", "steps there: 2"),
     ("-1", "latest, best or a number, got '-1'"),
   ):
