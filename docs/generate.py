@@ -101,6 +101,16 @@ def configuration() -> str:
   return "\n\n".join(parts)
 
 
+def sft() -> str:
+  """The groups of keys in which `sft` differs from `train`."""
+  before = typing.get_type_hints(config.RunConfig)
+  parts = []
+  for name, cls in typing.get_type_hints(config.SftConfig).items():
+    if is_group(cls) and cls is not before[name]:
+      parts += [summary(cls), table(cls, f"{name}.")]
+  return "\n\n".join(parts)
+
+
 def objectives() -> str:
   """Every objective: what its file says, and its options."""
   parts = []
@@ -127,6 +137,7 @@ def findings() -> str:
 
 SECTIONS = {
   "configuration": configuration,
+  "sft": sft,
   "objectives": objectives,
   "reductions": reductions,
   "findings": findings,

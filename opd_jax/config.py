@@ -443,7 +443,7 @@ class LogConfig:
     samples: completions shown each time.
     time_split_every: steps between measurements of the time that sampling and
       teacher scoring take, each run once more as a program of its own; None
-      for never, which saves compiling them.
+      for never, which saves compiling them. `sft` has neither.
     profile_steps: (first, last) step of a profiler trace; None for off.
   """
 

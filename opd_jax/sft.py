@@ -336,7 +336,9 @@ class FineTuning:
       )
     return samples
 
-  def time_split(self, state: TrainState, batch: PackedBatch) -> dict:
+  def time_split(
+    self, state: TrainState, batch: PackedBatch
+  ) -> Mapping[str, float]:
     """The step has no parts that are timed by themselves."""
     return {}
 

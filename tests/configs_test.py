@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from opd_jax import config as config_lib
-from opd_jax import objectives, parsing, setup
+from opd_jax import objectives, parsing, setup, sft
 from opd_jax.models import ModelConfig, hf
 from opd_jax.sharding import MESH_AXES
 
@@ -78,7 +78,27 @@ def abstract_mesh(config):
   return AbstractMesh(shape, MESH_AXES, axis_types=types)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+def is_sft(name):
+  """Whether its docstring launches it by `opd-jax sft`."""
+  return (
+    f"opd-jax sft --config=configs/{name}"
+    in (REPO / "configs" / name).read_text()
+  )
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if is_sft(name)])
+def test_sft_config_parses_and_its_mesh_divides_its_model(name):
+  config = parsing.load(config_lib.SftConfig, str(REPO / "configs" / name))
+  student = architecture(config.student.path)
+  assert config.batch.row_tokens <= student.max_positions
+  # Only what `make_step` reads; the rest needs files.
+  parts = types.SimpleNamespace(
+    config=config, student=student, vocab_size=student.vocab_size
+  )
+  sft.make_step(parts, abstract_mesh(config.mesh))
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if not is_sft(name)])
 def test_config_parses_and_its_mesh_divides_its_models(name, shared_data):
   path = REPO / "configs" / name
   local = "/shared/data" in path.read_text()
@@ -142,7 +162,8 @@ def test_every_key_is_read():
   # A mesh is handed to `make_mesh` as a whole.
   unread = {
     f"{group}.{name}"
-    for cls, group, name in fields_of(config_lib.RunConfig)
+    for run in (config_lib.RunConfig, config_lib.SftConfig)
+    for cls, group, name in fields_of(run)
     if cls is not config_lib.MeshConfig
     and not {(group, name), (cls.__name__, name)} & read
   }

@@ -34,7 +34,10 @@ def test_examples_run(path):
   for block in blocks(path):
     exec(compile(block, str(path), "exec"), namespace)
   if "get_config" in namespace:
-    parsing.parse(config_lib.RunConfig, namespace["get_config"]())
+    values = namespace["get_config"]()
+    distils = "teacher" in values
+    cls = config_lib.RunConfig if distils else config_lib.SftConfig
+    parsing.parse(cls, values)
 
 
 @pytest.mark.parametrize("path", PAGES, ids=page_name)
@@ -65,17 +68,20 @@ def test_commands_and_keys_exist(path):
   for file in re.findall(r"--config=(configs/\w+\.py)", text):
     assert (REPO / file).is_file(), file
   named = re.findall(r"--config\.([a-z_]+)(?:\.(\w+))?=", text)
-  groups = typing.get_type_hints(config_lib.RunConfig)
+  groups: dict[str, set[str]] = {}
+  for cls in (config_lib.RunConfig, config_lib.SftConfig):
+    for group, hint in typing.get_type_hints(cls).items():
+      fields = set(getattr(hint, "__dataclass_fields__", ()))
+      groups[group] = groups.get(group, set()) | fields
   spans = re.findall(r"`(\w+)\.(\w+)(?: = [^`]*)?`", text)
   named += [span for span in spans if span[0] in groups]
-  options = {"name"}.union(
+  groups["objective"] = {"name"}.union(
     *(module.Config.__dataclass_fields__ for module in OBJECTIVES.values())
   )
   for group, key in named:
     assert group in groups, group
-    fields = getattr(groups[group], "__dataclass_fields__", options)
     file = (REPO / "opd_jax" / f"{group}.{key}").exists()
-    assert not key or key in fields or file, f"{group}.{key}"
+    assert not key or key in groups[group] or file, f"{group}.{key}"
 
 
 def test_readme_names_every_module_objective_and_config():

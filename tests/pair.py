@@ -100,3 +100,38 @@ def config_of(folder, **changes):
     "steps": 6,
     **changes,
   }
+
+
+def write_examples(folder):
+  """Writes `examples.jsonl`, 13 questions and answers, beside a pair."""
+  rows = [
+    {"question": letter * (index % 3 + 1), "answer": f"{letter}."}
+    for index, letter in enumerate("abcdefghijklm")
+  ]
+  (folder / "examples.jsonl").write_text(
+    "".join(json.dumps(row) + "\n" for row in rows)
+  )
+  return folder
+
+
+def sft_config_of(folder, **changes):
+  """The values of a fine-tuning; `changes` replace whole groups."""
+  return {
+    "student": {"path": str(folder / "student")},
+    "data": {
+      "sources": {
+        "letters": {
+          "path": str(folder / "examples.jsonl"),
+          "prompt": {"text": "{question}"},
+          "completion": "{answer}",
+        }
+      }
+    },
+    "batch": {"rows": 2, "row_tokens": 16, "chunk_tokens": 16},
+    "optimizer": {"learning_rate": 1e-2},
+    "held_out": {"path": str(folder / "texts.jsonl"), "every": 2, "batch": 4},
+    "checkpoint": {"every": 3},
+    "log": {"every": 1, "sample_every": 1},
+    "steps": 8,
+    **changes,
+  }

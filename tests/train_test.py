@@ -270,3 +270,25 @@ def test_checkpoints_are_of_this_run_only(folder, uninterrupted, one_device):
   with pytest.raises(InputError, match=r"seed: 0 saved, 1 given"):
     _run(folder, workdir, seed=1)
   assert Checkpoints(workdir / "checkpoints", None).latest() == 6
+
+
+def test_sft_does_not_resume_it(folder, uninterrupted):
+  from opd_jax.config import SftConfig
+  from opd_jax.errors import InputError
+  from opd_jax.sft import sft
+
+  _, workdir = uninterrupted
+  sources = {
+    "texts": {"path": str(folder / "texts.jsonl"), "completion": "{text}"}
+  }
+  config = parse(
+    SftConfig,
+    {
+      "student": {"path": str(folder / "student")},
+      "data": {"sources": sources},
+      "batch": {"rows": 8, "row_tokens": 64},
+      "steps": 1,
+    },
+  )
+  with pytest.raises(InputError, match="checkpoints of opd-jax train, not of"):
+    sft(config, workdir)

@@ -122,15 +122,19 @@ def test_an_end_that_is_there_is_not_put_twice(tokens, tmp_path):
   assert packed.example(0).ids.tolist().count(END) == 1
 
 
-def test_the_first_id_of_an_example_is_never_learned(tmp_path, tokens):
-  """Without a prompt nothing stands before the completion's first id."""
+def test_the_first_id_of_an_example_is_never_learned(tmp_path):
+  """No prompt, and a tokenizer that puts nothing before a text either."""
+  pair.write_tokenizer(tmp_path)
+  file = tmp_path / "tokenizer.json"
+  values = json.loads(file.read_text())
+  file.write_text(json.dumps({**values, "post_processor": None}))
   source = _write(tmp_path / "rows.jsonl", _rows(5))
-  source["prompt"] = {"text": "", "first_tokens": 1}
+  source["prompt"] = {"text": ""}
   source["completion"] = "{q}{a}"
-  packed = _packed({"x": source}, tokens)
+  packed = _packed({"x": source}, tokenizer.load(tmp_path))
+  assert packed.example(0).prompt_length == 0
   for _ in range(4):
     batch = next(packed)
-    assert not (batch.learned & (batch.positions <= 0)).any()
     np.testing.assert_array_equal(batch.learned, batch.positions > 0)
 
 

@@ -30,6 +30,25 @@ def test_hidden_equals_numpy_on_ragged_rows(name):
 
 
 @families
+def test_segments_of_a_row_do_not_see_each_other(name):
+  """Numpy runs each text by itself; one lies between the parts of another."""
+  model, params = tiny.model(name), tiny.params(name)
+  random = np.random.default_rng(4)
+  tokens = random.integers(0, model.config.vocab_size, (1, 12))
+  segments = np.array([[0, 0, 0, 1, 1, 1, 1, 0, 0, 2, -1, -1]])
+  positions = np.array([[0, 1, 2, 0, 1, 2, 3, 3, 4, 0, -1, -1]])
+  got = np.asarray(jax.jit(model.hidden)(params, tokens, positions, segments))
+  host = jax.tree.map(np.asarray, params)
+  for segment in (0, 1, 2):
+    here = segments[0] == segment
+    want = oracle.hidden(
+      model.config, host, tokens[0, here], positions[0, here]
+    )
+    np.testing.assert_allclose(got[0, here], want, atol=2e-5)
+  assert np.isfinite(got).all()
+
+
+@families
 def test_logits_are_products_with_the_output_layer(name):
   model, params = tiny.model(name), tiny.params(name)
   config = model.config
