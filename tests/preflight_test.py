@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from opd_jax import cli, memory, preflight, setup
+from opd_jax import cli, memory, preflight, setup, train
 from opd_jax.config import RunConfig
 from opd_jax.errors import InputError
 from opd_jax.models import ModelConfig, hf
@@ -131,6 +131,19 @@ def test_swapped_ids_are_found(folder):
   report = inspect(allowed)
   report.enforce()
   assert next(report.brief()).startswith("error tokenizers_differ (allowed): ")
+
+
+def test_train_stops_before_it_loads_a_weight(folder, tmp_path, monkeypatch):
+  def load(*arguments, **options):
+    pytest.fail("loaded weights")
+
+  monkeypatch.setattr(hf, "load", load)
+  text = {"text": "<s>{text}"}
+  with pytest.raises(InputError, match=r"1 error: bos_doubled: .*preflight.al"):
+    train.train(
+      config_of(folder, prompt=text, batch={"prompts": 8}), tmp_path / "run"
+    )
+  assert not (tmp_path / "run").exists()
 
 
 def test_more_ids_than_rows(folder):
