@@ -19,10 +19,10 @@ USAGE = """usage: opd-jax COMMAND [--flag=value ...]
             distil a student; run again to resume
   sft       --config=FILE.py[:ARG] --workdir=DIR [--config.KEY=VALUE ...]
             fine-tune on given completions; run again to resume
-  preflight --config=FILE.py[:ARG] [--config.KEY=VALUE ...]
-            look for what may be wrong with a run before it starts
   eval      --model=DIR [--data=FILE --verifier=number --samples=8 ...]
             how often a checkpoint or a run is right, with intervals
+  preflight --config=FILE.py[:ARG] [--config.KEY=VALUE ...]
+            look for what may be wrong with a run before it starts
   generate  --model=DIR --prompt=TEXT [--prompt=TEXT ...]
             complete prompts, or with --data and --out all rows of a source
   export    --workdir=DIR --out=DIR [--step=latest|best|N]
@@ -36,8 +36,8 @@ opd-jax COMMAND --help lists the flags of a command.
 COMMANDS = (
   "train",
   "sft",
-  "preflight",
   "eval",
+  "preflight",
   "generate",
   "export",
   "dataset",

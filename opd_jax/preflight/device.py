@@ -24,6 +24,7 @@ def inspect(setup: Setup, step: Step) -> Section:
       part.formula,
     )
     for part in found.parts
+    if part.size
   ]
   devices = step.scorer.student.layout.mesh.size
   limit = "unknown" if found.limit is None else size_text(found.limit)
