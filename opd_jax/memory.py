@@ -265,14 +265,21 @@ def _update(
   length = step.sampling.max_new_tokens
   slots = window + length
   rows = _share(rows // step.micro_batches, student.layout)
-  accumulated = step.micro_batches > 1
+  gradients = shard_bytes(student.abstract_params())
+  if step.micro_batches > 1:
+    yield Part(
+      name="sum of the gradients",
+      size=gradients,
+      phase="update",
+      exact=False,
+      formula="parameters x 4 bytes, over the micro-batches",
+    )
   yield Part(
     name="gradients",
-    size=(1 + accumulated) * shard_bytes(student.abstract_params()),
-    phase="update",
+    size=gradients,
+    phase="backward pass",
     exact=False,
-    formula="parameters x 4 bytes"
-    + (", the sum and a micro-batch's" if accumulated else ""),
+    formula="parameters x 4 bytes",
   )
   kept, layer = _activations(step, rows, window)
   yield Part(
@@ -321,7 +328,7 @@ def _update(
     phase="vocabulary loop",
     exact=False,
     formula=(
-      "vocabulary x width: the gradient's, and each model's that is gathered"
+      "vocabulary x width: gradients, and what is gathered or cast of each"
     ),
   )
   yield Part(
@@ -329,35 +336,57 @@ def _update(
     size=layer,
     phase="backward pass",
     exact=False,
-    formula="activations of one layer, all of them",
+    formula=(
+      "the two largest activations of a layer"
+      if student.remat == "none"
+      else "the activations of one layer, recomputed"
+    ),
   )
 
 
 def _heads(models: list[Model]) -> int:
-  """Bytes of gathered heads, and of the gradient of the first one's."""
-  size = _columns(models[0]) * models[0].config.hidden_size * 4
+  """Bytes of the heads in the loop: the student's, its gradients, the others'.
+
+  The gradient is there as a sum, as that of a chunk, and where the batch is
+  spread as the sum over the devices.
+  """
+  student = models[0]
+  copies = 2 + (student.layout.shards("batch") > 1)
+  size = copies * _columns(student) * student.config.hidden_size * 4
   for model in models:
+    weights = _columns(model) * model.config.hidden_size
+    master = 4 if model is student else _itemsize(model)
     if model.layout.shards("embed") > 1:
-      size += _columns(model) * model.config.hidden_size * _itemsize(model)
+      size += weights * master
+    if _itemsize(model) != master:
+      size += weights * _itemsize(model)
   return size
 
 
 def _activations(step: Step, rows: int, window: int) -> tuple[int, int]:
-  """Bytes kept for the backward pass, and those of one layer without remat."""
+  """Bytes kept for the backward pass, and those of a layer while it runs."""
   student = step.scorer.student
   one = Layout.create(
     make_mesh({}, jax.local_devices()[:1]), dict(student.layout.rules)
   )
   config = _local(student.config, student.layout.shards("heads"))
   local = dataclasses.replace(student, config=config, layout=one)
-  every = dataclasses.replace(local, remat="none")
-  kept = _residuals(step, local, rows, window)
-  whole = kept if local == every else _residuals(step, every, rows, window)
-  return kept, whole // config.num_layers
+
+  def kept(model: Model, layers: int) -> list[int]:
+    config = dataclasses.replace(model.config, num_layers=layers)
+    model = dataclasses.replace(model, config=config)
+    return _residuals(step, model, rows, window)
+
+  total = sum(kept(local, config.num_layers))
+  if student.remat == "none":
+    return total, 2 * max(kept(local, 1))
+  # What two layers keep beyond one, where nothing is recomputed.
+  whole = dataclasses.replace(local, remat="none")
+  return total, sum(kept(whole, 2)) - sum(kept(whole, 1))
 
 
-def _residuals(step: Step, model: Model, rows: int, window: int) -> int:
-  """Bytes that are kept for the backward pass, by tracing it."""
+def _residuals(step: Step, model: Model, rows: int, window: int) -> list[int]:
+  """Bytes of each value kept for the backward pass, by tracing it."""
   scorer = dataclasses.replace(step.scorer, student=model)
   batch = _abstract_batch(rows, window, step.sampling.max_new_tokens)
   roles = step.objective.needs.gradient_roles()
@@ -377,11 +406,11 @@ def _residuals(step: Step, model: Model, rows: int, window: int) -> int:
 
   kept = jax.tree.leaves(jax.eval_shape(backward, trunk, batch))
   weights = {leaf.shape for leaf in jax.tree.leaves(trunk)}
-  return sum(
+  return [
     math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize
     for leaf in kept
     if leaf.shape not in weights
-  )
+  ]
 
 
 def _abstract_batch(rows: int, window: int, length: int) -> ScoringBatch:

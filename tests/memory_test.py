@@ -77,23 +77,42 @@ def test_decode_copy_is_what_sampling_has_to_copy():
     assert parts["decode copy"].size == real
 
 
+def enlarged(model, **changes):
+  """With sizes that outweigh the small change of a compiler."""
+  config = dataclasses.replace(
+    model.config,
+    vocab_size=8192,
+    hidden_size=128,
+    intermediate_size=384,
+    num_layers=3,
+    head_size=32,
+  )
+  return dataclasses.replace(model, config=config, **changes)
+
+
 @pytest.mark.parametrize(
   ("mesh", "changes", "remat"),
   [
     ("one device", {}, "none"),
-    ("one device", {"micro_batches": 4, "chunk_tokens": 64}, "full"),
+    ("one device", {"micro_batches": 4, "chunk_tokens": 128}, "full"),
     ("eight", {"compute_dtype": "bfloat16"}, "none"),
   ],
 )
 def test_the_whole_is_near_the_compilers_account(mesh, changes, remat):
-  """Within a quarter: XLA decides what it fuses, keeps and recomputes."""
+  """Within 20 %: XLA decides what it fuses, keeps and recomputes."""
   sizes, devices = MESHES[mesh]
   step = engine.make_step(mesh=sizes, devices=devices, **changes)
-  student = dataclasses.replace(step.scorer.student, remat=remat)
+  student = enlarged(step.scorer.student, remat=remat)
   step = dataclasses.replace(
     step,
-    scorer=dataclasses.replace(step.scorer, student=student),
-    sampling=dataclasses.replace(step.sampling, max_new_tokens=48),
+    decoder=enlarged(step.decoder),
+    scorer=dataclasses.replace(
+      step.scorer,
+      student=student,
+      teacher=enlarged(step.scorer.teacher),
+      vocab_size=8192,
+    ),
+    sampling=dataclasses.replace(step.sampling, max_new_tokens=96),
   )
   layout = student.layout
 
@@ -118,7 +137,7 @@ def test_the_whole_is_near_the_compilers_account(mesh, changes, remat):
     account.argument_size_in_bytes, rel=0.01
   )
   whole = account.argument_size_in_bytes + account.temp_size_in_bytes
-  assert found.total == pytest.approx(whole, rel=0.25)
+  assert found.total == pytest.approx(whole, rel=0.2)
 
 
 def test_longer_prompts_of_the_teacher_count():
