@@ -77,6 +77,26 @@ def test_another_thinking_switch(folder):
   assert not inspect(same).findings
 
 
+def test_a_thinking_switch_at_the_front(folder):
+  switch = (
+    "{% if enable_thinking is defined and not enable_thinking %}no {% endif %}"
+  )
+  set_chat(folder, switch + "{{ messages[0].content }}")
+  report = inspect(
+    config_of(
+      folder,
+      prompt={"chat": True},
+      teacher_prompt={"chat": True, "thinking": False},
+    )
+  )
+  only(
+    report,
+    "thinking_differs",
+    "prompt.thinking = None",
+    "teacher_prompt.thinking = False",
+  )
+
+
 def test_a_teacher_whose_template_thinks(folder):
   set_chat(folder, CHAT)
   set_chat(folder, CHAT + "<think>", roles=["teacher"])
