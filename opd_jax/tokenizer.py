@@ -136,9 +136,12 @@ class Tokenizer:
       text = self._backend.apply_chat_template(messages, tokenize=False)
     except jinja2.TemplateError:
       return None
+    if answer not in text:
+      return None
     behind = self.encode(text.rpartition(answer)[2], special_tokens=False)
-    added = self._backend.added_tokens_decoder
-    return next((index for index in behind if index in added), None)
+    special = set(self._backend.added_tokens_decoder)
+    special.discard(self._backend.unk_token_id)
+    return next((index for index in behind if index in special), None)
 
   def decode(
     self, ids: Iterable[int], *, skip_special_tokens: bool = True

@@ -133,3 +133,30 @@ def test_missing_or_broken_files_are_named(tmp_path):
     tokenizer.load(broken)
   with pytest.raises(InputError, match=r"eos_token_id in .* got 'x'"):
     save_words(tmp_path / "eos", WORDS, generation_eos="x")
+
+
+@pytest.mark.parametrize(
+  ("template", "end"),
+  [
+    ("{% for m in messages %}{{ m.content }} </s> {% endfor %}", 1),
+    ("{% for m in messages %}{{ m.content }} red {% endfor %}", None),
+    ("{% for m in messages %}{{ m.content }} stop {% endfor %}", None),
+    ("{{ messages[0].content }} </s>", None),
+    ("{{ raise_exception('no') }}", None),
+  ],
+)
+def test_end_of_turn_is_the_special_id_behind_an_answer(
+  tmp_path, template, end
+):
+  save_words(tmp_path / "words", WORDS)
+  file = tmp_path / "words" / "tokenizer_config.json"
+  values = json.loads(file.read_text())
+  file.write_text(json.dumps({**values, "chat_template": template}))
+  assert tokenizer.load(tmp_path / "words").end_of_turn() == end
+
+
+def test_end_of_turn_of_real_templates(shared_data):
+  qwen = tokenizer.load(shared_data / "tokenizers" / "qwen2.5")
+  assert qwen.end_of_turn() == 151645  # <|im_end|>
+  gpt2 = tokenizer.load(shared_data / "tokenizers" / "gpt2")
+  assert gpt2.end_of_turn() is None
