@@ -68,6 +68,8 @@ def table(cls: type, prefix: str = "") -> str:
     if field.default is not dataclasses.MISSING:
       shown = repr(field.default).replace("'", '"')
       default = f"`{shown}`"
+    if field.default_factory is not dataclasses.MISSING:
+      default = f"`{field.default_factory()!r}`"
     if is_group(hints[field.name]):
       form = f"[group](#{field.name})"
       default = "required" if default == "required" else "its defaults"
@@ -98,6 +100,11 @@ def configuration() -> str:
   for name, cls in typing.get_type_hints(config.RunConfig).items():
     if is_group(cls):
       parts += [f"## {name}", summary(cls), table(cls, f"{name}.")]
+  for name, cls, prefix in (
+    ("A source", config.SourceConfig, "data.sources.NAME."),
+    ("A prompt", config.TemplateConfig, "prompt."),
+  ):
+    parts += [f"## {name}", summary(cls), table(cls, prefix)]
   return "\n\n".join(parts)
 
 

@@ -93,7 +93,7 @@ def _override(values: dict[str, Any], override: str) -> None:
     require(
       isinstance(values, dict),
       f"--config.{name}: {group} is not a group of keys but {values!r}; see "
-      "opd_jax/config.py for the keys there are",
+      "docs/configuration.md for the keys there are",
     )
   values[key] = value
 

@@ -1,0 +1,175 @@
+"""A whole run, and how it is saved and told."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from opd_jax.config.checks import require
+from opd_jax.config.data import DataConfig, SftDataConfig
+from opd_jax.config.measure import EvalConfig, HeldOutConfig
+from opd_jax.config.step import (
+  BatchConfig,
+  MeshConfig,
+  ModelSource,
+  OptimizerConfig,
+  PackedBatchConfig,
+  SamplingConfig,
+  SftStudentSource,
+  TrainedModelSource,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+  """When states are saved, and which are kept.
+
+  Attributes:
+    every: steps between checkpoints; the end and SIGTERM always save one.
+    keep_latest: the newest n stay.
+    keep_best: also the best by accuracy of the evaluation, or by held-out loss
+      where there is no evaluation.
+  """
+
+  every: int = 100
+  keep_latest: int = 2
+  keep_best: bool = True
+
+  def __post_init__(self):
+    for name in ("every", "keep_latest"):
+      value = getattr(self, name)
+      require(value >= 1, f"checkpoint.{name} must be >= 1, got {value}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LogConfig:
+  """What a run tells.
+
+  Attributes:
+    every: steps between metric records; the device is not waited for between.
+    sample_every: steps between decoded samples in the log.
+    samples: completions shown each time.
+    time_split_every: steps between measurements of the time that sampling and
+      teacher scoring take, each run once more as a program of its own; None
+      for never, which saves compiling them. `sft` has neither.
+    profile_steps: (first, last) step of a profiler trace; None for off.
+  """
+
+  every: int = 10
+  sample_every: int = 50
+  samples: int = 2
+  time_split_every: int | None = 100
+  profile_steps: tuple[int, ...] | None = None
+
+  def __post_init__(self):
+    for name in ("every", "sample_every", "time_split_every"):
+      value = getattr(self, name)
+      require(
+        value is None or value >= 1, f"log.{name} must be >= 1, got {value}"
+      )
+    require(self.samples >= 0, f"log.samples must be >= 0, got {self.samples}")
+    steps = self.profile_steps
+    require(
+      steps is None or (len(steps) == 2 and 0 <= steps[0] <= steps[1]),
+      f"log.profile_steps must be (first, last) or None, got {steps}",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PreflightConfig:
+  """What is looked at before anything is placed on a device.
+
+  Attributes:
+    allow: names of errors to go on with.
+  """
+
+  allow: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+  """One experiment.
+
+  Attributes:
+    student: is trained; float32 master weights, exported at the end.
+    teacher: frozen.
+    data: the prompts.
+    sampling: how the student draws.
+    batch: rows per step.
+    objective: `name` of an objective, and its own options.
+    optimizer: how the gradient is applied.
+    mesh: how many devices each parallel axis has.
+    held_out: the loss on held-out texts.
+    eval: the accuracy of sampled answers.
+    preflight: what is looked at before the run.
+    checkpoint: what is saved.
+    log: what is told.
+    steps: updates to make.
+    seed: of the data order and of every draw.
+    mode: "fused" runs rollout, scoring and update as one program; "split" as
+      two with the host between them. Tokens and weights are the same.
+  """
+
+  student: TrainedModelSource
+  teacher: ModelSource
+  data: DataConfig
+  sampling: SamplingConfig = SamplingConfig()
+  batch: BatchConfig = BatchConfig()
+  objective: Mapping[str, Any]
+  optimizer: OptimizerConfig = OptimizerConfig()
+  mesh: MeshConfig = MeshConfig()
+  held_out: HeldOutConfig = HeldOutConfig()
+  eval: EvalConfig = EvalConfig()
+  preflight: PreflightConfig = PreflightConfig()
+  checkpoint: CheckpointConfig = CheckpointConfig()
+  log: LogConfig = LogConfig()
+  steps: int
+  seed: int = 0
+  mode: Literal["fused", "split"] = "fused"
+
+  def __post_init__(self):
+    require(self.steps >= 1, f"steps must be >= 1, got {self.steps}")
+    require(
+      0 <= self.seed < 2**31, f"seed must be in [0, 2**31), got {self.seed}"
+    )
+    require(
+      isinstance(self.objective.get("name"), str),
+      "objective.name must name an objective, got "
+      f"{self.objective.get('name')!r}",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SftConfig:
+  """One supervised fine-tuning.
+
+  Attributes:
+    student: is trained; float32 master weights, exported at the end.
+    data: the examples: `completion` after `prompt`.
+    batch: packed rows per step.
+    optimizer: how the gradient is applied.
+    mesh: how many devices each parallel axis has.
+    held_out: the loss on held-out texts.
+    eval: the accuracy of sampled answers.
+    checkpoint: what is saved.
+    log: what is told.
+    steps: updates to make.
+    seed: of the data order, of random weights and of every draw.
+  """
+
+  student: SftStudentSource
+  data: SftDataConfig
+  batch: PackedBatchConfig = PackedBatchConfig()
+  optimizer: OptimizerConfig = OptimizerConfig()
+  mesh: MeshConfig = MeshConfig()
+  held_out: HeldOutConfig = HeldOutConfig()
+  eval: EvalConfig = EvalConfig()
+  checkpoint: CheckpointConfig = CheckpointConfig()
+  log: LogConfig = LogConfig()
+  steps: int
+  seed: int = 0
+
+  def __post_init__(self):
+    require(self.steps >= 1, f"steps must be >= 1, got {self.steps}")
+    require(
+      0 <= self.seed < 2**31, f"seed must be in [0, 2**31), got {self.seed}"
+    )

@@ -1,0 +1,250 @@
+"""Keys of a step: models, sampling, batch, optimizer, mesh."""
+
+import dataclasses
+import math
+from typing import Literal
+
+from opd_jax.config.checks import require
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelSource:
+  """A Hugging Face checkpoint.
+
+  Attributes:
+    path: a local folder, or `org/name` or `org/name@revision` in the Hub cache.
+    compute_dtype: of activations, and of the weights while they are used. A
+      frozen model is held in it; a trained one has float32 master weights.
+  """
+
+  path: str
+  compute_dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainedModelSource(ModelSource):
+  """A Hugging Face checkpoint to start the training from.
+
+  Attributes:
+    remat: what the backward pass recomputes: "none" keeps every activation of
+      a layer, "full" keeps a layer's input only, "dots" also keeps products.
+  """
+
+  remat: Literal["none", "dots", "full"] = "none"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SftStudentSource(TrainedModelSource):
+  """What supervised fine-tuning starts from.
+
+  Attributes:
+    init: "checkpoint" starts from its weights; "random" draws new ones from
+      the seed and takes config.json and the tokenizer only.
+  """
+
+  init: Literal["checkpoint", "random"] = "checkpoint"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+  """How the student draws; the default is the pure policy.
+
+  Attributes:
+    max_new_tokens: T, completion slots.
+    temperature: divides the logits; 0 means greedy. Scores of every model use
+      the same temperature (1 when greedy).
+    top_k: keep the k likeliest tokens; None for all.
+    top_p: keep the smallest set of tokens with at least this mass.
+    min_p: keep tokens at least this fraction of the likeliest one's mass.
+    stop_ids: ids that end a completion; None takes those of the student's
+      generation_config and tokenizer; () never stops early.
+  """
+
+  max_new_tokens: int = 128
+  temperature: float = 1.0
+  top_k: int | None = None
+  top_p: float | None = None
+  min_p: float | None = None
+  stop_ids: tuple[int, ...] | None = None
+
+  @property
+  def is_pure(self) -> bool:
+    """Whether tokens are drawn from the whole distribution that is scored."""
+    filters = (self.top_k, self.top_p, self.min_p)
+    return self.temperature > 0 and all(value is None for value in filters)
+
+  def __post_init__(self):
+    require(
+      self.max_new_tokens >= 1,
+      f"sampling.max_new_tokens must be >= 1, got {self.max_new_tokens}",
+    )
+    require(
+      self.temperature >= 0 and math.isfinite(self.temperature),
+      f"sampling.temperature must be >= 0, got {self.temperature}",
+    )
+    require(
+      self.top_k is None or self.top_k >= 1,
+      f"sampling.top_k must be >= 1, got {self.top_k}; use None for all",
+    )
+    for name in ("top_p", "min_p"):
+      value = getattr(self, name)
+      require(
+        value is None or 0 < value <= 1,
+        f"sampling.{name} must be in (0, 1], got {value}; use None for off",
+      )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+  """How much of it a step holds.
+
+  Attributes:
+    prompts: prompts per step, over all devices and hosts.
+    rollouts: G, completions per prompt.
+    micro_batches: the gradient is accumulated over so many parts of the batch
+      inside the compiled step; every normaliser stays global.
+    chunk_tokens: next-token distributions that exist at the same time, per
+      shard of the batch.
+  """
+
+  prompts: int = 16
+  rollouts: int = 1
+  micro_batches: int = 1
+  chunk_tokens: int = 256
+
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      require(value >= 1, f"batch.{field.name} must be >= 1, got {value}")
+    rows = self.prompts * self.rollouts
+    require(
+      rows % self.micro_batches == 0,
+      f"batch.micro_batches={self.micro_batches} does not divide the {rows} "
+      "rows (prompts x rollouts); choose a divisor of them",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PackedBatchConfig:
+  """How many packed rows a supervised step holds.
+
+  Attributes:
+    rows: per step, over all devices and hosts.
+    row_tokens: S, slots of a row; examples are packed into it whole and do not
+      see each other.
+    micro_batches: the gradient is accumulated over so many parts of the batch.
+    chunk_tokens: next-token distributions that exist at the same time, per
+      shard of the batch.
+  """
+
+  rows: int = 16
+  row_tokens: int = 512
+  micro_batches: int = 1
+  chunk_tokens: int = 256
+
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      require(value >= 1, f"batch.{field.name} must be >= 1, got {value}")
+    require(
+      self.row_tokens >= 2,
+      f"batch.row_tokens must be >= 2, got {self.row_tokens}",
+    )
+    require(
+      self.rows % self.micro_batches == 0,
+      f"batch.micro_batches={self.micro_batches} does not divide "
+      f"batch.rows={self.rows}; choose a divisor",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+  """AdamW with warm-up, a schedule and global-norm clipping.
+
+  Attributes:
+    learning_rate: peak rate.
+    warmup_steps: steps of linear growth up to the peak.
+    schedule: after the warm-up, until the last step.
+    final_fraction: of the peak rate, reached at the last step by "cosine" and
+      "linear".
+    b1: decay of the first moment.
+    b2: decay of the second moment.
+    eps: added to the root of the second moment.
+    weight_decay: decoupled; matrices only, not norms and biases.
+    clip_norm: bound of the global gradient norm; None for off.
+  """
+
+  learning_rate: float = 1e-5
+  warmup_steps: int = 0
+  schedule: Literal["constant", "linear", "cosine"] = "constant"
+  final_fraction: float = 0.0
+  b1: float = 0.9
+  b2: float = 0.95
+  eps: float = 1e-8
+  weight_decay: float = 0.0
+  clip_norm: float | None = 1.0
+
+  def __post_init__(self):
+    require(
+      self.learning_rate > 0,
+      f"optimizer.learning_rate must be > 0, got {self.learning_rate}",
+    )
+    require(
+      self.warmup_steps >= 0,
+      f"optimizer.warmup_steps must be >= 0, got {self.warmup_steps}",
+    )
+    require(
+      0 <= self.final_fraction <= 1,
+      f"optimizer.final_fraction must be in [0, 1], got {self.final_fraction}",
+    )
+    for name in ("b1", "b2"):
+      value = getattr(self, name)
+      require(
+        0 <= value < 1, f"optimizer.{name} must be in [0, 1), got {value}"
+      )
+    require(self.eps > 0, f"optimizer.eps must be > 0, got {self.eps}")
+    require(
+      self.weight_decay >= 0,
+      f"optimizer.weight_decay must be >= 0, got {self.weight_decay}",
+    )
+    require(
+      self.clip_norm is None or self.clip_norm > 0,
+      f"optimizer.clip_norm must be > 0 or None, got {self.clip_norm}",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+  """Sizes of the mesh axes; -1 on one of them takes the remaining devices.
+
+  Attributes:
+    replica: data parallel, may span slices.
+    fsdp: data parallel with weights and optimizer state spread over it.
+    tensor: heads, feed-forward and vocabulary spread over it.
+    context: for the sequence; must be 1, nothing is spread over it yet.
+    expert: for the experts; likewise.
+  """
+
+  replica: int = 1
+  fsdp: int = -1
+  tensor: int = 1
+  context: int = 1
+  expert: int = 1
+
+  def __post_init__(self):
+    sizes = dataclasses.asdict(self)
+    for name, size in sizes.items():
+      require(
+        size >= 1 or size == -1,
+        f"mesh.{name} must be >= 1, or -1 for the rest, got {size}",
+      )
+    free = [name for name, size in sizes.items() if size == -1]
+    require(
+      len(free) <= 1, f"only one mesh axis may be -1, got {', '.join(free)}"
+    )
+    for name in ("context", "expert"):
+      require(
+        sizes[name] == 1,
+        f"mesh.{name} must be 1: nothing is spread over it yet, got "
+        f"{sizes[name]}; use fsdp and tensor",
+      )
