@@ -10,18 +10,20 @@ student:
   opd-jax sft --config=configs/arith_sft.py --workdir=runs/arith_sft
 """
 
+import os
 import pathlib
 
 from ml_collections import ConfigDict
 
-CHECKPOINTS = pathlib.Path(__file__).resolve().parent.parent / "checkpoints"
+HERE = pathlib.Path(__file__).resolve().parent
+CHECKPOINTS = os.path.relpath(HERE.parent / "checkpoints")
 
 
 def get_config(samples: str = "runs/teacher_samples.jsonl") -> ConfigDict:
   """The experiment, on completions that `opd-jax generate` wrote."""
   return ConfigDict(
     {
-      "student": {"path": str(CHECKPOINTS / "arith_student")},
+      "student": {"path": f"{CHECKPOINTS}/arith_student"},
       "data": {
         "sources": {
           "teacher": {"path": samples, "prompt": {"text": "{question}"}}

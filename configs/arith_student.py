@@ -11,18 +11,20 @@ and so do the student's once it has converged: it draws what it was shown.
 taken here.
 """
 
+import os
 import pathlib
 
 from ml_collections import ConfigDict
 
-CHECKPOINTS = pathlib.Path(__file__).resolve().parent.parent / "checkpoints"
+HERE = pathlib.Path(__file__).resolve().parent
+CHECKPOINTS = os.path.relpath(HERE.parent / "checkpoints")
 
 
 def get_config() -> ConfigDict:
   """The experiment."""
   return ConfigDict(
     {
-      "student": {"path": str(CHECKPOINTS / "arith_student"), "init": "random"},
+      "student": {"path": f"{CHECKPOINTS}/arith_student", "init": "random"},
       "data": {
         "sources": {
           "arith": {

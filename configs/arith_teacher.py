@@ -9,18 +9,20 @@ Supervised fine-tuning on right solutions of the task `arith`.
 taken here.
 """
 
+import os
 import pathlib
 
 from ml_collections import ConfigDict
 
-CHECKPOINTS = pathlib.Path(__file__).resolve().parent.parent / "checkpoints"
+HERE = pathlib.Path(__file__).resolve().parent
+CHECKPOINTS = os.path.relpath(HERE.parent / "checkpoints")
 
 
 def get_config() -> ConfigDict:
   """The experiment."""
   return ConfigDict(
     {
-      "student": {"path": str(CHECKPOINTS / "arith_teacher"), "init": "random"},
+      "student": {"path": f"{CHECKPOINTS}/arith_teacher", "init": "random"},
       "data": {
         "sources": {
           "arith": {

@@ -8,19 +8,21 @@ Full-vocabulary reverse KL on the student's own solutions of the task `arith`.
 `arith_student.py` and `arith_teacher.py` beside this file.
 """
 
+import os
 import pathlib
 
 from ml_collections import ConfigDict
 
-CHECKPOINTS = pathlib.Path(__file__).resolve().parent.parent / "checkpoints"
+HERE = pathlib.Path(__file__).resolve().parent
+CHECKPOINTS = os.path.relpath(HERE.parent / "checkpoints")
 
 
 def get_config() -> ConfigDict:
   """The experiment."""
   return ConfigDict(
     {
-      "student": {"path": str(CHECKPOINTS / "arith_student")},
-      "teacher": {"path": str(CHECKPOINTS / "arith_teacher")},
+      "student": {"path": f"{CHECKPOINTS}/arith_student"},
+      "teacher": {"path": f"{CHECKPOINTS}/arith_teacher"},
       "data": {
         "sources": {
           "arith": {"path": "arith", "prompt": {"text": "{question}"}}

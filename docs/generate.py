@@ -101,8 +101,8 @@ def configuration() -> str:
     if is_group(cls):
       parts += [f"## {name}", summary(cls), table(cls, f"{name}.")]
   for name, cls, prefix in (
-    ("A source", config.SourceConfig, "data.sources.NAME."),
-    ("A prompt", config.TemplateConfig, "prompt."),
+    ("sources", config.SourceConfig, "data.sources.NAME."),
+    ("prompt", config.TemplateConfig, "prompt."),
   ):
     parts += [f"## {name}", summary(cls), table(cls, prefix)]
   return "\n\n".join(parts)

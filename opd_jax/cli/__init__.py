@@ -61,6 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
   except FloatingPointError as error:
     _complain(str(error))
     return 1
+  except BrokenPipeError:
+    # Who reads the output has seen enough: `opd-jax eval ... | head`.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
   except KeyboardInterrupt:
     print("opd-jax: interrupted", file=sys.stderr)
     return 128 + signal.SIGINT

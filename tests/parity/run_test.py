@@ -6,10 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from opd_jax import parsing
+from opd_jax import cli, parsing
 from opd_jax import setup as setup_lib
-from opd_jax.config import RunConfig, SamplingConfig
-from opd_jax.generate import generate
+from opd_jax.config import RunConfig
 from opd_jax.models import Model, hf
 from opd_jax.sharding import TRAIN_RULES, Layout, make_mesh
 from opd_jax.train import train
@@ -61,15 +60,17 @@ def test_export_of_the_real_student(shared_data, monkeypatch, tmp_path):
     before = start(torch.tensor([ids])).logits.numpy()
   assert np.max(np.abs(before - expected)) > 0.1
 
-  (completion,) = generate(
-    summary.export, [PROMPT], SamplingConfig(max_new_tokens=40, temperature=0)
-  )
+  written = tmp_path / "completion.json"
+  command = ["generate", f"--model={summary.export}", f"--prompt={PROMPT}"]
+  command += ["--max_new_tokens=40", "--temperature=0", f"--json={written}"]
+  assert cli.main(command) == 0
+  (completion,) = json.loads(written.read_text())
   with torch.no_grad():
     drawn = theirs.generate(
       torch.tensor([ids]), max_new_tokens=40, do_sample=False, pad_token_id=0
     )[0].tolist()
-  assert list(completion.tokens) == drawn[len(ids) :]
-  assert PROMPT + completion.text == tokenizer.decode(
+  assert completion["tokens"] == drawn[len(ids) :]
+  assert PROMPT + completion["text"] == tokenizer.decode(
     drawn, skip_special_tokens=True
   )
   generation = json.loads((source / "generation_config.json").read_text())
