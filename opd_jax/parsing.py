@@ -53,14 +53,14 @@ def read(location: str) -> dict[str, Any]:
   if not Path(path).is_file():
     raise InputError(
       f"no config file {path!r}; give a Python file that defines get_config, "
-      "such as configs/tinystories_babyllama.py"
+      "such as configs/quickstart.py"
     )
   # A config file is the user's own program: what it raises is shown whole.
   get_config = runpy.run_path(path).get("get_config")
   if not callable(get_config):
     raise InputError(
       f"{path} defines no function get_config; write one that returns the "
-      "experiment as a ConfigDict, as in configs/tinystories_babyllama.py"
+      "experiment as a ConfigDict, as in configs/quickstart.py"
     )
   values = get_config(argument) if argument else get_config()
   if not hasattr(values, "items"):

@@ -30,7 +30,8 @@ def parse(
   if any(argument in ("-h", "--help") for argument in arguments):
     needed = " ".join(f"--{name}=..." for name in required)
     print(f"usage: opd-jax {command} {needed} [--flag=value ...]\n")
-    print("\n".join(_describe(values[name]) for name in values))
+    names = [*required, *(name for name in values if name not in required)]
+    print("\n".join(_describe(values[name]) for name in names))
     return False
   try:
     rest = values([command, *arguments])[1:]
@@ -46,6 +47,49 @@ def parse(
       f"{command} needs {' and '.join(missing)}; see opd-jax {command} --help"
     )
   return True
+
+
+def experiment(
+  values: Any,
+  command: str,
+  arguments: Sequence[str],
+  *,
+  config_class: type,
+  required: Sequence[str] = (),
+) -> Any:
+  """Defines --config, parses the flags, and reads the experiment they name.
+
+  Args:
+    values: the other flags of the command.
+    command: its name.
+    arguments: of the command line; "--config.KEY=VALUE" sets a key.
+    config_class: of the experiment.
+    required: flags beside --config that must be given.
+
+  Returns:
+    The config, or None if only help was asked for.
+  """
+  from absl import flags
+
+  flags.DEFINE_string(
+    "config",
+    None,
+    "experiment: FILE.py, or FILE.py:ARG for get_config(ARG); "
+    "--config.KEY=VALUE sets one of its keys, such as "
+    "--config.optimizer.learning_rate=1e-5",
+    flag_values=values,
+  )
+  overrides = [a for a in arguments if a.startswith("--config.")]
+  others = [a for a in arguments if a not in overrides]
+  if not parse(values, command, others, required=("config", *required)):
+    return None
+  from opd_jax import parsing
+
+  return parsing.load(
+    config_class,
+    values.config,
+    [override.removeprefix("--config.") for override in overrides],
+  )
 
 
 def _describe(flag: Any) -> str:

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from opd_jax.cli.flags import check_file, new, parse, write
+from opd_jax.cli.flags import check_file, experiment, new, write
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -13,13 +13,6 @@ def run(arguments: Sequence[str]) -> int:
 
   values = new()
   options: dict[str, Any] = {"flag_values": values}
-  flags.DEFINE_string(
-    "config",
-    None,
-    "experiment, as for train: FILE.py or FILE.py:ARG; --config.KEY=VALUE "
-    "sets one of its keys",
-    **options,
-  )
   flags.DEFINE_boolean(
     "probe",
     True,
@@ -27,20 +20,13 @@ def run(arguments: Sequence[str]) -> int:
     **options,
   )
   flags.DEFINE_string("json", None, "file to write the figures to", **options)
-  overrides = [a for a in arguments if a.startswith("--config.")]
-  others = [a for a in arguments if a not in overrides]
-  if not parse(values, "preflight", others, required=("config",)):
+  from opd_jax.config import RunConfig
+
+  config = experiment(values, "preflight", arguments, config_class=RunConfig)
+  if config is None:
     return 0
   if values.json:
     check_file("--json", values.json)
-  from opd_jax import parsing
-  from opd_jax.config import RunConfig
-
-  config = parsing.load(
-    RunConfig,
-    values.config,
-    [override.removeprefix("--config.") for override in overrides],
-  )
   from opd_jax import preflight, setup
 
   prepared = setup.prepare(config)

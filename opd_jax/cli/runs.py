@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from opd_jax.cli.flags import check_folder, new, parse
+from opd_jax.cli.flags import check_folder, experiment, new
 
 
 def run(
@@ -27,14 +27,6 @@ def run(
   values = new()
   options: dict[str, Any] = {"flag_values": values}
   flags.DEFINE_string(
-    "config",
-    None,
-    "experiment: FILE.py, or FILE.py:ARG for get_config(ARG); "
-    "--config.KEY=VALUE sets one of its keys, such as "
-    "--config.optimizer.learning_rate=1e-5",
-    **options,
-  )
-  flags.DEFINE_string(
     "workdir",
     None,
     "folder of the run; a run begun there is resumed",
@@ -46,18 +38,16 @@ def run(
     "this is one process of many: find the others with jax.distributed",
     **options,
   )
-  overrides = [a for a in arguments if a.startswith("--config.")]
-  others = [a for a in arguments if a not in overrides]
-  if not parse(values, command, others, required=("config", "workdir")):
+  config = experiment(
+    values,
+    command,
+    arguments,
+    config_class=config_class,
+    required=("workdir",),
+  )
+  if config is None:
     return 0
   check_folder("--workdir", values.workdir)
-  from opd_jax import parsing
-
-  config = parsing.load(
-    config_class,
-    values.config,
-    [override.removeprefix("--config.") for override in overrides],
-  )
   import jax
 
   if values.distributed:
