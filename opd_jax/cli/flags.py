@@ -49,26 +49,8 @@ def parse(
   return True
 
 
-def experiment(
-  values: Any,
-  command: str,
-  arguments: Sequence[str],
-  *,
-  config_class: type,
-  required: Sequence[str] = (),
-) -> Any:
-  """Defines --config, parses the flags, and reads the experiment they name.
-
-  Args:
-    values: the other flags of the command.
-    command: its name.
-    arguments: of the command line; "--config.KEY=VALUE" sets a key.
-    config_class: of the experiment.
-    required: flags beside --config that must be given.
-
-  Returns:
-    The config, or None if only help was asked for.
-  """
+def define_config(values: Any) -> None:
+  """Defines --config; its keys go to `split_overrides`."""
   from absl import flags
 
   flags.DEFINE_string(
@@ -79,16 +61,14 @@ def experiment(
     "--config.optimizer.learning_rate=1e-5",
     flag_values=values,
   )
-  overrides = [a for a in arguments if a.startswith("--config.")]
-  others = [a for a in arguments if a not in overrides]
-  if not parse(values, command, others, required=("config", *required)):
-    return None
-  from opd_jax import parsing
 
-  return parsing.load(
-    config_class,
-    values.config,
-    [override.removeprefix("--config.") for override in overrides],
+
+def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+  """KEY=VALUE of each "--config.KEY=VALUE", and the other arguments."""
+  prefix = "--config."
+  return (
+    [a.removeprefix(prefix) for a in arguments if a.startswith(prefix)],
+    [a for a in arguments if not a.startswith(prefix)],
   )
 
 

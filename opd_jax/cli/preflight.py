@@ -4,7 +4,14 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from opd_jax.cli.flags import check_file, experiment, new, write
+from opd_jax.cli.flags import (
+  check_file,
+  define_config,
+  new,
+  parse,
+  split_overrides,
+  write,
+)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -13,6 +20,7 @@ def run(arguments: Sequence[str]) -> int:
 
   values = new()
   options: dict[str, Any] = {"flag_values": values}
+  define_config(values)
   flags.DEFINE_boolean(
     "probe",
     True,
@@ -20,13 +28,15 @@ def run(arguments: Sequence[str]) -> int:
     **options,
   )
   flags.DEFINE_string("json", None, "file to write the figures to", **options)
-  from opd_jax.config import RunConfig
-
-  config = experiment(values, "preflight", arguments, config_class=RunConfig)
-  if config is None:
+  overrides, others = split_overrides(arguments)
+  if not parse(values, "preflight", others, required=("config",)):
     return 0
   if values.json:
     check_file("--json", values.json)
+  from opd_jax import parsing
+  from opd_jax.config import RunConfig
+
+  config = parsing.load(RunConfig, values.config, overrides)
   from opd_jax import preflight, setup
 
   prepared = setup.prepare(config)

@@ -5,7 +5,13 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from opd_jax.cli.flags import check_folder, experiment, new
+from opd_jax.cli.flags import (
+  check_folder,
+  define_config,
+  new,
+  parse,
+  split_overrides,
+)
 
 
 def run(
@@ -26,6 +32,7 @@ def run(
 
   values = new()
   options: dict[str, Any] = {"flag_values": values}
+  define_config(values)
   flags.DEFINE_string(
     "workdir",
     None,
@@ -38,16 +45,13 @@ def run(
     "this is one process of many: find the others with jax.distributed",
     **options,
   )
-  config = experiment(
-    values,
-    command,
-    arguments,
-    config_class=config_class,
-    required=("workdir",),
-  )
-  if config is None:
+  overrides, others = split_overrides(arguments)
+  if not parse(values, command, others, required=("config", "workdir")):
     return 0
   check_folder("--workdir", values.workdir)
+  from opd_jax import parsing
+
+  config = parsing.load(config_class, values.config, overrides)
   import jax
 
   if values.distributed:
