@@ -11,6 +11,7 @@ import dataclasses
 import importlib.metadata
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -33,14 +34,16 @@ LOSS = "held_out/loss"
 _SIZES = "sizes.json"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 # Config keys, dotted, that a resumed run may change: the steps done stay what
-# they are. (With more steps a schedule stretches from there on; with other
-# texts the held-out losses before and after are not of the same.)
+# they are. (With more steps a schedule stretches from there on.) What is
+# measured may not change: before, after and best would not be of the same.
 _FREE_KEYS = (
   "steps",
   "mode",
   "mesh",
-  "held_out",
-  "eval",
+  "held_out.every",
+  "held_out.batch",
+  "eval.every",
+  "eval.batch",
   "preflight",
   "checkpoint",
   "log",
@@ -57,10 +60,12 @@ class Manifest:
   Attributes:
     kind: the command that made it, "train" or "sft".
     config: of the run, as nested dicts.
+    folder: that it was started in; relative paths of the config start there.
   """
 
   kind: str
   config: Mapping[str, Any]
+  folder: str
 
 
 class Checkpoints:
@@ -115,8 +120,8 @@ class Checkpoints:
 
     Raises:
       InputError: there are checkpoints of a run whose config differs in a key
-        that changes what is computed. Steps, mesh, log, eval and checkpoint
-        settings and what only trades memory for time may differ.
+        that changes what is computed or measured. Steps, mesh, log and
+        checkpoint settings and what only trades memory for time may differ.
     """
     run = json.loads(json.dumps(run))
     file = self._directory / "manifest.json"
@@ -131,7 +136,12 @@ class Checkpoints:
     if jax.process_index() == 0:
       versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
       versions["opd_jax"] = opd_jax.__version__
-      manifest = {"kind": kind, "config": run, "versions": versions}
+      manifest = {
+        "kind": kind,
+        "config": run,
+        "folder": os.getcwd(),
+        "versions": versions,
+      }
       partial = self._directory / "manifest.json.partial"
       partial.write_text(json.dumps(manifest, indent=2) + "\n")
       partial.replace(file)
@@ -194,6 +204,25 @@ class Checkpoints:
     if step is None or _score(self._manager.metrics(step) or {}) == -math.inf:
       return None
     return step
+
+  def improves(self, metrics: Mapping[str, float]) -> bool:
+    """Whether a checkpoint with these metrics would be the best so far."""
+    best = self._manager.best_step()
+    before = self._manager.metrics(best) if best is not None else None
+    return _score(metrics) > _score(before or {})
+
+  def read_place(self, step: int) -> dict[str, Any]:
+    """What `save` got as `data_state`; no array is read.
+
+    Raises:
+      InputError: a damaged checkpoint.
+    """
+    try:
+      return self._manager.restore(
+        step, args=ocp.args.Composite(data=ocp.args.JsonRestore())
+      )["data"]
+    except Exception as error:
+      raise self._damaged(step, _first_line(error)) from error
 
   def restore(
     self, step: int | None, abstract_state: TrainState
@@ -395,7 +424,9 @@ def _read_manifest(file: epath.Path) -> Manifest:
     )
   try:
     values = json.loads(file.read_text())
-    return Manifest(kind=values["kind"], config=values["config"])
+    return Manifest(
+      kind=values["kind"], config=values["config"], folder=values["folder"]
+    )
   except (ValueError, KeyError, TypeError) as error:
     raise InputError(
       f"{file} is damaged ({error!r}); delete it if the checkpoints beside it "

@@ -43,6 +43,7 @@ def export(
   out_dir: str | Path,
   dtype: str = "float32",
   max_shard_bytes: int = 4 * 2**30,
+  replace: bool = False,
 ) -> None:
   """Writes a folder that `transformers` and `hf.load` read.
 
@@ -56,9 +57,10 @@ def export(
     source_dir: the checkpoint the model came from (see `hf.resolve`): its
       config.json is kept but for the dtype, its tokenizer, chat template and
       generation config byte for byte. None writes weights and config alone.
-    out_dir: must not exist, or be empty.
+    out_dir: must not exist, or be empty, unless it is to be replaced.
     dtype: of the written weights, "float32" or "bfloat16".
     max_shard_bytes: larger weights are written as several files with an index.
+    replace: what is in `out_dir` gives way once the new folder is complete.
 
   Raises:
     InputError: an unknown dtype, an `out_dir` in use, or a source of another
@@ -66,7 +68,7 @@ def export(
   """
   if dtype not in DTYPES:
     raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-  out_dir = check_free(out_dir)
+  out_dir = Path(out_dir).expanduser() if replace else check_free(out_dir)
   source = None if source_dir is None else hf.resolve(source_dir)
   config = _config_json(model.config, source, dtype)
   shards = _plan(model.config, np.dtype(dtype).itemsize, max_shard_bytes)
@@ -90,6 +92,8 @@ def export(
   _write_json(partial / hf.CONFIG_FILE, config)
   if source is not None:
     _carry(source, partial)
+  if replace:
+    shutil.rmtree(out_dir, ignore_errors=True)
   partial.replace(out_dir)
 
 

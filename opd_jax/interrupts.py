@@ -1,8 +1,9 @@
-"""What may come between two steps: SIGTERM, and a profiler's trace."""
+"""What may come between two steps: a signal, and a profiler's trace."""
 
 import contextlib
+import os
 import signal
-from collections.abc import Callable, Iterator
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -40,24 +41,43 @@ class Profiler(contextlib.AbstractContextManager):
     self._stop()
 
 
-@contextlib.contextmanager
-def terminated() -> Iterator[Callable[[int], bool]]:
-  """Tells, by step, whether the run should stop because SIGTERM came.
+class Interrupts(contextlib.AbstractContextManager):
+  """Notes SIGTERM and Ctrl-C, so that a run may save before it ends.
 
-  With one process a second SIGTERM ends it at once. Several processes agree on
-  the step, whichever of them the signal reached.
+  With one process a second one ends it at once. Several processes agree on the
+  step after a SIGTERM, whichever of them it reached; Ctrl-C ends them at once.
+
+  Attributes:
+    signal: that came, if one did.
   """
-  if jax.process_count() > 1:
-    yield multihost_utils.reached_preemption_sync_point
-    return
-  seen = []
 
-  def note(signum: int, frame: Any) -> None:
-    seen.append(signum)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+  def __init__(self):
+    self.signal: int | None = None
+    self._before: dict[int, Any] = {}
 
-  before = signal.signal(signal.SIGTERM, note)
-  try:
-    yield lambda step: bool(seen)
-  finally:
-    signal.signal(signal.SIGTERM, before)
+  def __enter__(self) -> "Interrupts":
+    if jax.process_count() == 1:
+      for number in (signal.SIGTERM, signal.SIGINT):
+        self._before[number] = signal.signal(number, self._note)
+    return self
+
+  def __exit__(self, *error: object) -> None:
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
+
+  def stop(self, step: int) -> bool:
+    """Whether the run should end before this step; all processes agree."""
+    if (
+      jax.process_count() > 1
+      and multihost_utils.reached_preemption_sync_point(step)
+    ):
+      self.signal = signal.SIGTERM
+    return self.signal is not None
+
+  def _note(self, number: int, frame: Any) -> None:
+    self.signal = number
+    for noted, handler in self._before.items():
+      signal.signal(noted, handler)
+    # Not by a console: the signal may have come while one was writing.
+    told = b"\nfinishing the step, then saving; again to abandon\n"
+    os.write(sys.stderr.fileno(), told)

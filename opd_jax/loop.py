@@ -6,7 +6,6 @@ What `train` and `sft` differ in is a `task.Task`; see there.
 import contextlib
 import dataclasses
 import json
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,8 +15,9 @@ import jax
 import rich.console
 
 from opd_jax.checkpoint import Checkpoints
+from opd_jax.errors import InputError
 from opd_jax.export import export
-from opd_jax.interrupts import Profiler, terminated
+from opd_jax.interrupts import Interrupts, Profiler
 from opd_jax.meter import Meter
 from opd_jax.metrics import Progress, Writer
 from opd_jax.models import Model
@@ -53,7 +53,11 @@ def run(
   config, workdir = task.config, Path(workdir)
   first_process = jax.process_index() == 0
   tell = rich.console.Console(
-    stderr=True, highlight=False, soft_wrap=True, quiet=not first_process
+    stderr=True,
+    highlight=False,
+    markup=False,
+    soft_wrap=True,
+    quiet=not first_process,
   )
   with contextlib.ExitStack() as stack:
     checkpoints = Checkpoints(workdir / CHECKPOINT_FOLDER, config.checkpoint)
@@ -70,15 +74,24 @@ def run(
       "examples_before": [],
       "examples_after": [],
     }
+    spent = {"seconds": 0.0, "compile_seconds": 0.0}
     saved_step = checkpoints.latest()
     if saved_step is None:
       state = task.initial_state()
     else:
-      state, saved = checkpoints.restore(saved_step, task.abstract_state())
-      data.set_state(saved["data"])
-      measured = saved["measured"]
+      place = checkpoints.read_place(saved_step)
+      data.set_state(place["data"])
+      measured, spent = place["measured"], place["spent"]
+      state, _ = checkpoints.restore(saved_step, task.abstract_state())
       tell.print(f"resuming after step {saved_step}")
-    done = saved_step or 0
+    done = resumed = saved_step or 0
+    interrupts = Interrupts()
+
+    def spent_by_now() -> dict[str, float]:
+      return {
+        "seconds": spent["seconds"] + time.monotonic() - began,
+        "compile_seconds": spent["compile_seconds"] + task.compile_seconds,
+      }
 
     if done < config.steps:
       # --- Programs, before the first step. ---
@@ -123,18 +136,23 @@ def run(
         if meter.steps:
           record(meter.close(done))
         with meter.paused():
-          place = {"data": data.get_state(), "measured": measured}
+          place = {
+            "data": data.get_state(),
+            "measured": measured,
+            "spent": spent_by_now(),
+          }
           checkpoints.save(done, state, place, values)
 
       if done == 0:
         measured["teacher"] = dict(task.baseline())
         record(measured["teacher"])
         measure(everything=True)
-      stop = stack.enter_context(terminated())
+      stack.enter_context(interrupts)
       profiler = stack.enter_context(
         Profiler(config.log.profile_steps, workdir / "profile")
       )
-      while done < config.steps and not stop(done):
+      values: Mapping[str, float] = {}
+      while done < config.steps and not interrupts.stop(done):
         batch = next(data)
         if _due(config.log.time_split_every, done):
           with meter.paused():
@@ -151,28 +169,42 @@ def run(
           with meter.paused():
             writer.samples(done, task.samples(shown))
         saving = last or _due(config.checkpoint.every, done)
-        values = measure(everything=saving)
-        if saving:
+        try:
+          values = measure(everything=saving)
+        except InputError:
+          # Such as a verifier that cannot bear a completion: lose no step.
+          save({})
+          checkpoints.wait()
+          tell.print(f"saved step {done}; the same command resumes after it")
+          raise
+        best = config.checkpoint.keep_best and checkpoints.improves(values)
+        if saving or best:
           save(values)
           saved_step = done
       if saved_step != done:
-        save({})
+        save(values)
 
     # --- What the user takes away. ---
     checkpoints.wait()
     finished = done == config.steps
     folder = workdir / EXPORT_FOLDER
     if finished:
-      if first_process:
-        shutil.rmtree(folder, ignore_errors=True)
-      export(state.params, task.student, config.student.path, folder)
+      export(
+        state.params,
+        task.student,
+        config.student.path,
+        folder,
+        replace=True,
+      )
+  if resumed != config.steps:
+    spent = spent_by_now()
   summary = Summary(
     step=done,
-    finished=finished,
+    signal=None if finished else interrupts.signal,
     samples=config.eval.samples,
     **measured,
-    seconds=time.monotonic() - began,
-    compile_seconds=task.compile_seconds,
+    seconds=spent["seconds"],
+    compile_seconds=spent["compile_seconds"],
     export=str(folder) if finished else None,
   )
   if first_process:

@@ -143,7 +143,7 @@ class Progress:
       start: steps done before, by the run that is resumed.
       console: where to write; standard error by default.
     """
-    self._console = console or rich.console.Console(stderr=True)
+    self._console = console or rich.console.Console(stderr=True, markup=False)
     self._total = total
     self._start = start
     self._began = time.monotonic()

@@ -150,9 +150,13 @@ def find_run(workdir: str | Path, step: str = "latest") -> Saved:
   config = parse(kind, manifest.config)
   number = _step_number(checkpoints, step)
   checkpoints.close()
+  source = config.student.path
+  if (Path(manifest.folder) / source).is_dir():
+    # It may have been named relative to where the run was started.
+    source = str(Path(manifest.folder) / source)
   return Saved(
-    source=config.student.path,
-    architecture=hf.read_config(config.student.path),
+    source=source,
+    architecture=hf.read_config(source),
     workdir=workdir,
     config=config,
     step=number,

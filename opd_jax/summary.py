@@ -15,20 +15,20 @@ class Summary:
 
   Attributes:
     step: updates done.
-    finished: whether that is all of them; false after SIGTERM.
+    signal: that ended the run before its last step; None if it is finished.
     samples: per problem, of the evaluation.
     teacher: what was measured of the teacher, by metric.
     before: what was measured of the student as it came.
     after: the same at the end.
     examples_before: answers of the student as it came.
     examples_after: answers to the same problems at the end.
-    seconds: of this process, compilation included.
+    seconds: of all the run's processes up to here, compilation included.
     compile_seconds: of them, for the step.
     export: folder of the Hugging Face checkpoint.
   """
 
   step: int
-  finished: bool
+  signal: int | None
   samples: int
   teacher: Values
   before: Values
@@ -38,6 +38,11 @@ class Summary:
   seconds: float
   compile_seconds: float
   export: str | None
+
+  @property
+  def finished(self) -> bool:
+    """Whether all updates are done."""
+    return self.signal is None
 
   def to_json(self) -> dict[str, Any]:
     """The figures; `teacher`, `student_before` and `student_after` if measured.
@@ -83,9 +88,9 @@ class Summary:
     for before, after in zip(
       self.examples_before, self.examples_after, strict=True
     ):
-      yield f"{after['prompt']}  (right: {after['answer']})"
-      yield f"  before  {_answer(before)}"
-      yield f"  after   {_answer(after)}"
+      yield f"{_line(after['prompt'])}  (right: {_line(after['answer'])})"
+      yield f"  before  {_line(before['text'])}  [{_verdict(before)}]"
+      yield f"  after   {_line(after['text'])}  [{_verdict(after)}]"
     yield (
       f"{self.step} steps in {self.seconds:.0f} s, "
       f"{self.compile_seconds:.0f} s of them compiling the step"
@@ -110,11 +115,12 @@ class Summary:
       yield f"{label:16}{share:5.1f} %   {low:.1f} to {high:.1f} %"
 
 
-def _answer(example: Mapping[str, Any]) -> str:
-  """One line of a completion, and whether it is right."""
-  text = " ".join(str(example["text"]).split())
-  shown = text if len(text) <= 70 else f"{text[:34]} ... {text[-31:]}"
-  verdict = {0.0: "wrong", 1.0: "right"}.get(
-    example["score"], f"score {example['score']:.2f}"
-  )
-  return f"{shown}  [{verdict}]"
+def _line(text: str) -> str:
+  """A text on one line; the middle of a long one is left out."""
+  text = " ".join(text.split())
+  return text if len(text) <= 70 else f"{text[:34]} ... {text[-31:]}"
+
+
+def _verdict(example: Mapping[str, Any]) -> str:
+  score = example["score"]
+  return {0.0: "wrong", 1.0: "right"}.get(score, f"score {score:.2f}")

@@ -1,14 +1,16 @@
 """The loop: when it measures, and what of it survives an interruption."""
 
-import contextlib
 import json
+import signal
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from opd_jax import loop, sft
+from opd_jax import interrupts, loop, sft
+from opd_jax.checkpoint import Checkpoints
 from opd_jax.config import SftConfig
+from opd_jax.errors import InputError
 from opd_jax.parsing import parse
 from opd_jax.sharding import make_mesh
 from tests import pair
@@ -47,11 +49,11 @@ def _run(folder, workdir, probe, *, stop_at=None):
   with pytest.MonkeyPatch.context() as patch:
     if stop_at is not None:
 
-      @contextlib.contextmanager
-      def terminated():
-        yield lambda step: step == stop_at
+      def stop(interrupts, step):
+        interrupts.signal = signal.SIGTERM if step == stop_at else None
+        return interrupts.signal is not None
 
-      patch.setattr(loop, "terminated", terminated)
+      patch.setattr(interrupts.Interrupts, "stop", stop)
     return loop.run(
       task, setup.examples, workdir, measurements=[probe], began=0.0
     )
@@ -96,3 +98,50 @@ def test_a_finished_run_measures_nothing_again(folder, tmp_path):
   again = _run(folder, tmp_path, probe)
   assert probe.calls == 0
   assert (again.before, again.after) == (done.before, done.after)
+
+
+class Accuracy(Probe):
+  """An accuracy that is highest at the fourth call."""
+
+  def __call__(self, params):
+    super().__call__(params)
+    accuracy = 0.9 - 0.1 * abs(self.calls - 4)
+    names = ("accuracy", "accuracy_low", "accuracy_high")
+    return {f"eval/{name}": accuracy for name in names}
+
+
+def test_the_best_is_kept_between_checkpoints(folder, tmp_path):
+  """Measured at 0, 3, 4, 6, 8, 9, 10; checkpoints are due at 4, 8, 10."""
+  _run(folder, tmp_path, Accuracy(3))
+  checkpoints = Checkpoints(tmp_path / loop.CHECKPOINT_FOLDER, None)
+  assert checkpoints.best() == 6
+  assert checkpoints.latest() == 10
+  checkpoints.close()
+
+
+class Failing(Probe):
+  """Like a verifier that cannot bear a completion."""
+
+  def __call__(self, params):
+    if self.calls == 3:
+      raise InputError("cannot bear it")
+    return super().__call__(params)
+
+
+def test_a_measurement_that_fails_loses_no_step(folder, tmp_path):
+  whole = _run(folder, tmp_path / "whole", Probe(3))
+  with pytest.raises(InputError, match="cannot bear it"):
+    _run(folder, tmp_path / "cut", Failing(3))
+  checkpoints = Checkpoints(tmp_path / "cut" / loop.CHECKPOINT_FOLDER, None)
+  assert checkpoints.latest() == 6
+  checkpoints.close()
+  mended = _run(folder, tmp_path / "cut", Probe(3))
+  assert mended.after == whole.after
+
+
+def test_seconds_are_of_the_whole_run(folder, tmp_path):
+  stopped = _run(folder, tmp_path, Probe(100), stop_at=5)
+  resumed = _run(folder, tmp_path, Probe(100))
+  assert resumed.compile_seconds > stopped.compile_seconds > 0
+  again = _run(folder, tmp_path, Probe(100))
+  assert again.compile_seconds == resumed.compile_seconds

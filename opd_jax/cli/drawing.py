@@ -142,7 +142,7 @@ def watch(drawn: Iterable[Any], total: int, what: str) -> Iterator[Any]:
   import rich.console
   import rich.progress
 
-  console = rich.console.Console(stderr=True, highlight=False)
+  console = rich.console.Console(stderr=True, markup=False, highlight=False)
   if console.is_terminal:
     yield from rich.progress.track(
       drawn, description=what, total=total, console=console, transient=True

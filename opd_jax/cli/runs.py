@@ -1,6 +1,5 @@
 """What the commands that train have in common."""
 
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -59,7 +58,7 @@ def run(
   summary = start(config, values.workdir)
   if jax.process_index() == 0:
     _report(summary, config.steps)
-  return 0 if summary.finished else 128 + signal.SIGTERM
+  return 0 if summary.finished else 128 + summary.signal
 
 
 def _report(summary: Any, steps: int) -> None:

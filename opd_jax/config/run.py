@@ -24,10 +24,11 @@ class CheckpointConfig:
   """When states are saved, and which are kept.
 
   Attributes:
-    every: steps between checkpoints; the end and SIGTERM always save one.
+    every: steps between checkpoints; the end, SIGTERM and Ctrl-C always save
+      one.
     keep_latest: the newest n stay.
     keep_best: also the best by accuracy of the evaluation, or by held-out loss
-      where there is no evaluation.
+      where there is no evaluation; saved whenever one is measured.
   """
 
   every: int = 100
