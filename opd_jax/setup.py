@@ -85,6 +85,7 @@ def prepare(config: RunConfig) -> Setup:
     models["teacher"].vocab_size,
     student_tokenizer.id_count,
   )
+  objective.check_vocabulary(vocab_size)
   stop_ids = config.sampling.stop_ids
   if stop_ids is None:
     stop_ids = student_tokenizer.stop_ids

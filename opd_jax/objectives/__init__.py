@@ -7,12 +7,15 @@ from typing import Any
 
 from opd_jax import parsing
 from opd_jax.errors import InputError
-from opd_jax.objectives import gkd, opd_k1
+from opd_jax.objectives import distillm, eopd, gkd, opd_k1, opd_k2
 from opd_jax.objectives.base import Objective
 
 OBJECTIVES: dict[str, ModuleType] = {
+  "distillm": distillm,
+  "eopd": eopd,
   "gkd": gkd,
   "opd_k1": opd_k1,
+  "opd_k2": opd_k2,
 }
 
 

@@ -11,6 +11,8 @@ and, where the method calls for it,
   prepare_needs(config) -> Needs        what `prepare` reads; default: masks,
                                         tokens and behavior logprobs only
   prepare(config, scores, state, schedule) -> Signals
+  check_vocabulary(config, vocab_size)  raises InputError for options that the
+                                        ids shared by all models do not allow
   init_state(config) -> {name: array}   carried across steps, checkpointed
   update_state(config, state, statistics) -> state
 
@@ -174,6 +176,10 @@ def _no_needs(config: Any) -> Needs:
   return Needs()
 
 
+def _any_vocabulary(config: Any, vocab_size: int) -> None:
+  pass
+
+
 def _no_state(config: Any) -> State:
   return {}
 
@@ -202,6 +208,7 @@ class Objective:
   prepare_fn: Callable[..., Signals]
   init_state_fn: Callable[..., State]
   update_state_fn: Callable[..., State]
+  check_vocabulary_fn: Callable[..., None]
 
   @classmethod
   def bind(cls, name: str, module: Any, config: Any) -> "Objective":
@@ -223,7 +230,15 @@ class Objective:
       prepare_fn=getattr(module, "prepare", _no_signals),
       init_state_fn=getattr(module, "init_state", _no_state),
       update_state_fn=getattr(module, "update_state", _same_state),
+      check_vocabulary_fn=getattr(module, "check_vocabulary", _any_vocabulary),
     )
+
+  def check_vocabulary(self, vocab_size: int) -> None:
+    """Raises InputError where an option does not fit the shared vocabulary."""
+    try:
+      self.check_vocabulary_fn(self.config, vocab_size)
+    except InputError as error:
+      raise InputError(f"objective {self.name}: {error}") from error
 
   def prepare_covers(self, role: str) -> bool:
     """Whether all `terms` reads of a frozen role, `prepare` has read before."""

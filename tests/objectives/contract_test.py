@@ -16,7 +16,8 @@ from opd_jax import objectives
 from opd_jax.objectives import base, reduce, sft
 from tests.objectives import support, toys
 
-ROWS, LENGTH, VOCAB = 4, 6, 7
+# More ids than the largest default of a top_k.
+ROWS, LENGTH, VOCAB = 4, 6, 19
 
 
 def _objective(name):
