@@ -51,6 +51,7 @@ def objective_of(name):
   if name in toys.TOYS:
     return toys.bind(name)
   options = {"gkd_jsd": {"name": "gkd", "beta": 0.3}}
+  options["gkd_top_k"] = {"name": "gkd", "support": "union", "top_k": 8}
   options["opd_k1_discount"] = {"name": "opd_k1", "discount": 0.7}
   return objectives.create(options.get(name, {"name": name}))
 
@@ -60,6 +61,10 @@ OBJECTIVES = (
   "opd_k1_discount",
   "gkd",
   "gkd_jsd",
+  "gkd_top_k",
+  "opd_k2",
+  "distillm",
+  "eopd",
   *toys.TOYS,
 )
 

@@ -178,7 +178,11 @@ def test_fused_is_split():
   ("name", "micro_batches"),
   [
     ("gkd", 1),
+    ("gkd_top_k", 2),
     ("opd_k1", 2),
+    ("opd_k2", 1),
+    ("distillm", 1),
+    ("eopd", 2),
     ("quantile", 1),
     ("three_terms", 1),
     ("two_prompts", 2),

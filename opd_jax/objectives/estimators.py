@@ -37,7 +37,7 @@ def k1(
   student_logprobs: Float[Array, "*batch"],
   teacher_logprobs: Float[Array, "*batch"],
 ) -> Float[Array, "*batch"]:
-  """The log-ratio of student to teacher. A value; see the module for its gradient."""
+  """The log-ratio, student to teacher. A value: see the module."""
   return student_logprobs - teacher_logprobs
 
 
