@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from opd_jax import config
-from opd_jax.objectives import OBJECTIVES, reduce
+from opd_jax.objectives import OBJECTIVES, estimators, reduce, supports
+from opd_jax.objectives.divergences import DIVERGENCES, PARAMETERS
 from opd_jax.preflight import KINDS
 
 FOLDER = Path(__file__).resolve().parent
@@ -133,6 +134,23 @@ def reductions() -> str:
   return markdown(text.partition("\n\n")[2])
 
 
+def divergences() -> str:
+  """The first line of each divergence, and its parameter."""
+  lines = ["| divergence | per position | option |", "|---|---|---|"]
+  for name, function in DIVERGENCES.items():
+    meaning = inspect.cleandoc(function.__doc__ or "").split("\n\n")[0]
+    meaning = " ".join(meaning.split()).replace("|", r"\|")
+    option = f"`{PARAMETERS[name][0]}`" if name in PARAMETERS else ""
+    lines.append(f"| `{name}` | {meaning} | {option} |")
+  return "\n".join(lines)
+
+
+def module_text(module: types.ModuleType) -> str:
+  """The docstring of a module below its first line."""
+  text = inspect.cleandoc(module.__doc__ or "")
+  return markdown(text.partition("\n\n")[2])
+
+
 def findings() -> str:
   """What preflight can find."""
   rows = [
@@ -147,6 +165,9 @@ SECTIONS = {
   "sft": sft,
   "objectives": objectives,
   "reductions": reductions,
+  "divergences": divergences,
+  "supports": lambda: module_text(supports),
+  "estimators": lambda: module_text(estimators),
   "findings": findings,
 }
 

@@ -68,11 +68,10 @@ def generalized_jsd(
   teacher_logprobs: Float[Array, "*batch V"],
   beta: float,
 ) -> Float[Array, "*batch"]:
-  """JSD_beta of GKD, Eq. 1 (arXiv 2306.13649), the convention of TRL.
+  """JSD_beta: beta KL(teacher || M) + (1 - beta) KL(student || M).
 
-  With M = beta teacher + (1 - beta) student:
-
-    beta KL(teacher || M) + (1 - beta) KL(student || M)
+  With M = beta teacher + (1 - beta) student: Eq. 1 of GKD (arXiv 2306.13649),
+  the convention of TRL.
 
   beta = 0 is KL(teacher || student) (forward) and beta = 1 is
   KL(student || teacher) (reverse), by definition and not as a limit: the
