@@ -25,6 +25,14 @@ outside S as well, and the normalisation says what becomes of it:
 The last two leave the student a distribution that does not sum to 1. A
 divergence that falls when its mass leaves S, as reverse KL does, is refused
 with them.
+
+Source: "tail" is that of TRL's server distillation, "renormalized" of NeMo-RL
+and ms-swift, "teacher_renormalized" of EOPD, "none" of verl and TrOPD.
+
+Differs: the tail is summed over the columns outside, where TRL takes 1 - the
+sum inside, held at least 1e-7: below that its gradient is 0. verl clamps the
+value of "none" at 0, which removes the gradient there. NeMo-RL's reverse KL
+with log teacher = -100 outside S is not offered.
 """
 
 import dataclasses

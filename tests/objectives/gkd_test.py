@@ -121,6 +121,17 @@ def test_beta_outside_the_unit_interval(beta):
       0.023851,
       0.027735,
     ),
+    # Twice the "mixed" KL of NeMo-RL, half forward and half reverse.
+    (
+      {
+        "divergence": "jeffreys",
+        "support": "teacher_top_k",
+        "top_k": 2,
+        "normalization": "renormalized",
+      },
+      2 * 0.025695,
+      2 * 0.030128,
+    ),
   ],
 )
 def test_worked_numbers_of_the_options(options, token_mean, seq_mean):
