@@ -90,6 +90,7 @@ def prepare(config: RunConfig) -> Setup:
   if stop_ids is None:
     stop_ids = student_tokenizer.stop_ids
   sampling.check(config.sampling, stop_ids, config.batch.rollouts, vocab_size)
+  _check_sampling(config, objective)
   prompts = Prompts(
     config.data,
     student_tokenizer,
@@ -227,6 +228,18 @@ def _check_windows(
         f"positions ({getattr(config, role).path}); lower {key} or "
         "sampling.max_new_tokens"
       )
+
+
+def _check_sampling(config: RunConfig, objective: Objective) -> None:
+  if objective.needs.pure_sampling and not config.sampling.is_pure:
+    sampling = config.sampling
+    raise InputError(
+      f"objective {objective.name} is right only for tokens drawn from the "
+      "student's whole distribution, and got sampling.temperature = "
+      f"{sampling.temperature}, top_k = {sampling.top_k}, top_p = "
+      f"{sampling.top_p}, min_p = {sampling.min_p}; leave the filters out with "
+      "a temperature > 0, or take opd_k1, whose ratio weighs for them"
+    )
 
 
 def _check_batch(config: RunConfig, shards: int) -> None:

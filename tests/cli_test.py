@@ -102,6 +102,10 @@ BAD_CONFIGS = {
     ["objective={'name': 'opd_k2', 'estimator': 'k1'}"],
     ["objective opd_k2: ", "'k1' cannot be a loss", "gradient of k1 is 0"],
   ),
+  "filter without a correction": (
+    ["objective.name=opd_k2", "sampling.top_p=0.9"],
+    ["objective opd_k2", "whole distribution", "top_p = 0.9", "take opd_k1"],
+  ),
   "support without a size": (
     ["objective={'name': 'gkd', 'support': 'union'}"],
     ["objective gkd: ", "support 'union' needs top_k"],

@@ -74,6 +74,8 @@ class Needs:
     reference: the frozen reference.
     whole_rows: hand over all of T at once; excludes `vocab_logprobs`.
     host: a host stage must run between rollout and scoring.
+    pure_sampling: there is no correction for how the tokens are drawn, which
+      must be from the student's whole distribution, without filters.
   """
 
   student: Request = Request()
@@ -82,6 +84,7 @@ class Needs:
   reference: Request = Request()
   whole_rows: bool = False
   host: bool = False
+  pure_sampling: bool = False
 
   def __post_init__(self):
     wide = [role for role in ROLES if getattr(self, role).vocab_logprobs]

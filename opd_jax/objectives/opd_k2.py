@@ -11,7 +11,7 @@ effect of a token on later prefixes is left out, and the value is not a KL:
 estimator="k3+" has the same gradient and the k3 estimate as its value.
 
 There is no ratio: it is right for tokens drawn from the student's whole
-distribution of the same weights, with no sampling filter. Where the behavior
+distribution, and a run with a sampling filter is refused. Where the behavior
 differs, the expected gradient is sum_v behavior_v (s_v - t_v) grad s_v, which
 is that of no divergence: take `opd_k1`.
 
@@ -50,7 +50,11 @@ class Config:
 
 def needs(config: Config) -> Needs:
   """Log-probabilities of the drawn tokens under both models."""
-  return Needs(student=Request(logprobs=True), teacher=Request(logprobs=True))
+  return Needs(
+    student=Request(logprobs=True),
+    teacher=Request(logprobs=True),
+    pure_sampling=True,
+  )
 
 
 def terms(
