@@ -7,15 +7,29 @@ from typing import Any
 
 from opd_jax import parsing
 from opd_jax.errors import InputError
-from opd_jax.objectives import distillm, eopd, gkd, opd_k1, opd_k2
+from opd_jax.objectives import (
+  constant_negative_advantage,
+  distillm,
+  eopd,
+  exopd,
+  gkd,
+  gopd,
+  opd_k1,
+  opd_k2,
+  reopold,
+)
 from opd_jax.objectives.base import Objective
 
 OBJECTIVES: dict[str, ModuleType] = {
+  "constant_negative_advantage": constant_negative_advantage,
   "distillm": distillm,
   "eopd": eopd,
+  "exopd": exopd,
   "gkd": gkd,
+  "gopd": gopd,
   "opd_k1": opd_k1,
   "opd_k2": opd_k2,
+  "reopold": reopold,
 }
 
 
