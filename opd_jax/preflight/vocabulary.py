@@ -69,10 +69,20 @@ def _of_tokenizers(setup: Setup) -> Iterator[Finding]:
   obstacle = tokenizer_lib.explain(student, teacher, setup.difference)
   if obstacle is not None:
     yield Finding(name="tokenizers_differ", message=obstacle)
-  for role, tokens, model in (
+  models = [
     ("student", student, setup.student),
     ("teacher", teacher, setup.teacher),
-  ):
+  ]
+  if setup.reference is not None and setup.reference_tokenizer is not None:
+    reference = setup.reference_tokenizer
+    models.append(("reference", reference, setup.reference))
+    difference = tokenizer_lib.compare(student, reference)
+    obstacle = tokenizer_lib.explain(
+      student, reference, difference, "reference"
+    )
+    if obstacle is not None:
+      yield Finding(name="tokenizers_differ", message=obstacle)
+  for role, tokens, model in models:
     if tokens.id_count > model.vocab_size:
       yield Finding(
         name="tokenizer_exceeds_model",
