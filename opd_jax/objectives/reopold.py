@@ -5,7 +5,7 @@ drawn token, H the student's entropy there, and sg the stop-gradient:
 
   R_t    = sg(t_t - s_t)                       the reward, nats
   R_t   <- max(R_t, floor)                     not in "entropy_only"
-  loss_t = -exp(s_t - sg(b_t)) * R_t * M_t     mean over the chosen tokens M
+  loss_t = -exp(s_t - sg(b_t)) * R_t * M_t     mean over the tokens with M = 1
 
   floor = ln(lam) / (1 - lam)                  floor_form="log_ratio"
           ln(lam / (1 - lam))                  floor_form="logit"
@@ -70,6 +70,8 @@ class Config:
     fixed_floor: that bound, nats, <= 0; for floor_form="fixed" only.
     keep: fraction of tokens kept by entropy, in (0, 1].
     switch: fraction of the run after which tokens are chosen by entropy.
+    reduction: see `reduce.row_scale`; "selection_mean" divides by the number
+      of tokens with M = 1.
   """
 
   variant: Literal["two_stage", "clip_only", "entropy_only"] = "two_stage"
@@ -78,6 +80,7 @@ class Config:
   fixed_floor: float | None = None
   keep: float = 0.2
   switch: float = 0.5
+  reduction: str = reduce.SELECTION_MEAN
 
   def __post_init__(self):
     if not 0 < self.lam < 1:
@@ -99,6 +102,7 @@ class Config:
       raise InputError(
         f"switch must be in [0, 1], a fraction of the run, got {self.switch}"
       )
+    reduce.check(self.reduction)
 
   @property
   def floor(self) -> float:
@@ -131,14 +135,13 @@ def prepare(
   config: Config, scores: Scores, state: State, schedule: Schedule
 ) -> Signals:
   """The chosen tokens of the batch, and how many they are."""
-  if config.variant == "clip_only":
-    return Signals()
-  mask = scores.loss_mask
-  chosen = selection.top_fraction(scores.student.entropy, mask, config.keep)
+  chosen = mask = scores.loss_mask
+  if config.variant != "clip_only":
+    chosen = selection.top_fraction(scores.student.entropy, mask, config.keep)
   if config.variant == "two_stage":
     good = mask & (policy.gap(scores) >= config.floor)
     chosen = jnp.where(schedule.progress >= config.switch, chosen, good)
-  kept = chosen.astype(jnp.float32)
+  kept = chosen.astype(scores.behavior_logprobs.dtype)
   return Signals(token={"kept": kept}, normalizer={"kept": jnp.sum(kept)})
 
 
@@ -154,9 +157,7 @@ def terms(
     statistics["clipped"] = Term(below)
     reward = jnp.maximum(reward, config.floor)
   loss = policy.surrogate(ratio, reward)
-  if config.variant == "clip_only":
-    return {"policy": Term(loss, "token_mean")}, statistics
   kept = signals.token["kept"]
   statistics["kept"] = Term(kept)
-  term = Term(loss * kept, reduce.SELECTION_MEAN, "kept")
+  term = Term(loss * kept, config.reduction, "kept")
   return {"policy": term}, statistics

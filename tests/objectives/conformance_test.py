@@ -215,9 +215,73 @@ def gated_forward_kl(student, teacher):
   return jnp.where(entropy > GATE, 0.5 * forward, 0.0)
 
 
+def bounded(floor, dropped=False):
+  """REOPOLD's divergence: linear where the log-ratio is below the floor."""
+  slope = -(1 + floor if dropped else 1.0) / np.exp(floor)
+  constant = 1.0 if dropped else 1.0 - floor
+
+  def f(u):
+    return jnp.where(u >= np.exp(floor), -jnp.log(u), constant + slope * u)
+
+  return over_visited(of_generator(f))
+
+
+def tilted(lam):
+  """KL(student || target), the target tilted away from the reference."""
+
+  def claim(world, student):
+    teacher, reference = (
+      jax.nn.log_softmax(logits, axis=-1)
+      for logits in (world.teacher, world.reference)
+    )
+    target = lam * teacher + (1 - lam) * reference
+    return dataclasses.replace(world, teacher=target).visited(
+      student, reverse_kl
+    )
+
+  return claim
+
+
+def inverse_length(world, student):
+  """E_student[1 / length] of whole completions."""
+  logprobs = jax.nn.log_softmax(student, axis=-1)
+  total = 0.0
+  for completion in COMPLETIONS:
+    steps = [
+      logprobs[ROW[completion[:step]], token]
+      for step, token in enumerate(completion)
+    ]
+    total += jnp.exp(sum(steps)) / len(completion)
+  return total
+
+
 EOPD = {"entropy_threshold": GATE, "coefficient": 0.5, "top_k": 2}
 
 CASES: dict[str, tuple[Case, ...]] = {
+  "constant_negative_advantage": (
+    # Divided by the row's length, it favours long rows; see also below.
+    Case(inverse_length, reduction="token_mean"),
+  ),
+  "exopd": (
+    Case(tilted(1.25)),
+    Case(tilted(1.5), {"lam": 1.5}, off_policy=True),
+  ),
+  "gopd": (
+    Case(over_visited(reverse_kl)),
+    Case(tilted(0.4), {"lam": 0.4}),
+    # At lam = 0 it is pulled to the reference alone.
+    Case(tilted(0.0), {"lam": 0.0}, off_policy=True),
+  ),
+  "reopold": (
+    Case(bounded(np.log(0.3) / 0.7, dropped=True), {"lam": 0.3}),
+    Case(bounded(np.log(0.3) / 0.7), {"lam": 0.3, "switch": 0.0, "keep": 1.0}),
+    Case(
+      bounded(-0.5),
+      {"variant": "clip_only", "floor_form": "fixed", "fixed_floor": -0.5},
+      off_policy=True,
+    ),
+    Case(over_visited(reverse_kl), {"variant": "entropy_only", "keep": 1.0}),
+  ),
   "opd_k1": (
     Case(over_visited(reverse_kl)),
     Case(over_visited(reverse_kl), off_policy=True),
@@ -408,6 +472,15 @@ def test_bias_of_leaving_out_later_prefixes(name):
   assert np.max(np.abs(missing)) > 0.01
   # Biased, but a direction of descent all the same.
   assert np.sum(found * whole) > 0
+
+
+def test_a_constant_advantage_expects_nothing():
+  """In the sum over tokens, on policy: what the control is for."""
+  with jax.enable_x64(True):
+    student, world = make_world(off_policy=False)
+    objective = Case(inverse_length).create("constant_negative_advantage")
+    found = expected_gradient(objective, student, world)
+    np.testing.assert_allclose(found, jnp.zeros_like(found), atol=TOLERANCE)
 
 
 def test_bias_of_k2_off_policy():
