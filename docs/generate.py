@@ -43,6 +43,14 @@ def is_group(hint: Any) -> bool:
   return isinstance(hint, type) and dataclasses.is_dataclass(hint)
 
 
+def group_of(hint: Any) -> type | None:
+  """The dataclass of keys that a type is, or may be beside None."""
+  options = [hint]
+  if isinstance(hint, types.UnionType):
+    options = [*typing.get_args(hint)]
+  return next(filter(is_group, options), None)
+
+
 def type_name(hint: Any) -> str:
   """A type as a reader of configs writes its values."""
   if typing.get_origin(hint) is Literal:
@@ -71,9 +79,11 @@ def table(cls: type, prefix: str = "") -> str:
       default = f"`{shown}`"
     if field.default_factory is not dataclasses.MISSING:
       default = f"`{field.default_factory()!r}`"
-    if is_group(hints[field.name]):
+    hint = hints[field.name]
+    if is_group(hint) or (group_of(hint) and not prefix):
       form = f"[group](#{field.name})"
-      default = "required" if default == "required" else "its defaults"
+      if default not in ("required", "`None`"):
+        default = "its defaults"
     meaning = told[field.name].replace("|", r"\|")
     lines.append(f"| {key} | {form} | {default} | {meaning} |")
   return "\n".join(lines)
@@ -98,8 +108,8 @@ def markdown(docstring: str) -> str:
 def configuration() -> str:
   """Every key of a config, group by group."""
   parts = ["## The run", table(config.RunConfig)]
-  for name, cls in typing.get_type_hints(config.RunConfig).items():
-    if is_group(cls):
+  for name, hint in typing.get_type_hints(config.RunConfig).items():
+    if cls := group_of(hint):
       parts += [f"## {name}", summary(cls), table(cls, f"{name}.")]
   for name, cls, prefix in (
     ("sources", config.SourceConfig, "data.sources.NAME."),

@@ -67,6 +67,8 @@ def objective_of(name):
   options = {"gkd_jsd": {"name": "gkd", "beta": 0.3}}
   options["gkd_top_k"] = {"name": "gkd", "support": "union", "top_k": 8}
   options["opd_k1_discount"] = {"name": "opd_k1", "discount": 0.7}
+  options["aopd"] = {"name": "aopd", "top_k": 5}
+  options["tropd"] = {"name": "tropd", "top_k": 5}
   options["reopold_refining"] = {"name": "reopold", "switch": 0.0}
   return objectives.create(options.get(name, {"name": name}))
 
@@ -83,6 +85,8 @@ OBJECTIVES = (
   "reopold",
   "reopold_refining",
   "exopd",
+  "aopd",
+  "tropd",
   "constant_negative_advantage",
   *toys.TOYS,
 )

@@ -150,7 +150,7 @@ def test_a_reference_counts():
   assert weights.size == on_first_device(frozen["reference"])
   assert weights.exact
   assert found.resident == plain.resident + weights.size
-  for name in ("hidden states", "distributions of a chunk", "vocabulary heads"):
+  for name in ("hidden states", "distributions of a chunk"):
     assert parts[name].size > without[name].size, name
   # Both have 4 heads and read the same slots.
   name = "attention of the teacher"

@@ -214,6 +214,8 @@ def test_the_reference_is_read():
     ("reopold_refining", 2),
     ("exopd", 2),
     ("constant_negative_advantage", 1),
+    ("aopd", 2),
+    ("tropd", 2),
   ],
 )
 def test_eight_devices_are_one(name, micro_batches):

@@ -8,6 +8,7 @@ from typing import Any
 from opd_jax import parsing
 from opd_jax.errors import InputError
 from opd_jax.objectives import (
+  aopd,
   constant_negative_advantage,
   distillm,
   eopd,
@@ -17,10 +18,12 @@ from opd_jax.objectives import (
   opd_k1,
   opd_k2,
   reopold,
+  tropd,
 )
 from opd_jax.objectives.base import Objective
 
 OBJECTIVES: dict[str, ModuleType] = {
+  "aopd": aopd,
   "constant_negative_advantage": constant_negative_advantage,
   "distillm": distillm,
   "eopd": eopd,
@@ -30,6 +33,7 @@ OBJECTIVES: dict[str, ModuleType] = {
   "opd_k1": opd_k1,
   "opd_k2": opd_k2,
   "reopold": reopold,
+  "tropd": tropd,
 }
 
 

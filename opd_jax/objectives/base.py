@@ -31,7 +31,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from opd_jax.errors import InputError
 from opd_jax.types import Scores
@@ -166,10 +166,12 @@ class Schedule:
   Attributes:
     step: updates done before this one.
     progress: step / total steps, in [0, 1).
+    key: of (seed, step), for what `prepare` draws; the same on every mesh.
   """
 
   step: Int[Array, ""]
   progress: Float[Array, ""]
+  key: Key[Array, ""]
 
 
 State = Mapping[str, Array]

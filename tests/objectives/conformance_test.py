@@ -226,6 +226,34 @@ def bounded(floor, dropped=False):
   return over_visited(of_generator(f))
 
 
+def top_forward_kl(student, teacher):
+  """Over the teacher's two likeliest ids, both models as they are."""
+  ids = jnp.argsort(-teacher)[:2]
+  return jnp.sum(teacher[ids] * (jnp.log(teacher) - jnp.log(student))[ids])
+
+
+def asymmetric(student, teacher):
+  """AOPD's: reverse KL's pull on tokens too unlikely, imitation elsewhere."""
+  fixed = jax.lax.stop_gradient(student)
+  pull = student * jnp.log(student / teacher) - student + teacher
+  share = jnp.sum(jnp.where(teacher <= fixed, fixed, 0.0))
+  return jnp.sum(
+    jnp.where(fixed < teacher, pull, 0.0)
+  ) + share * top_forward_kl(student, teacher)
+
+
+def trusted(u):
+  """TrOPD's generator inside the region."""
+  return jnp.where(u <= 1, u * jnp.log(u) ** 2 / 2, u - 1 - jnp.log(u))
+
+
+def trust_region(student, teacher):
+  distance = jnp.sum(jnp.abs(jax.lax.stop_gradient(student) - teacher)) / 2
+  return of_generator(trusted)(student, teacher) + distance * top_forward_kl(
+    student, teacher
+  )
+
+
 def tilted(lam):
   """KL(student || target), the target tilted away from the reference."""
 
@@ -257,7 +285,15 @@ def inverse_length(world, student):
 
 EOPD = {"entropy_threshold": GATE, "coefficient": 0.5, "top_k": 2}
 
+# The coin's expectation; its two sides are enumerated in tropd_test.py.
+EXPECTED = {"gate": "expected", "top_k": 2}
+
 CASES: dict[str, tuple[Case, ...]] = {
+  "aopd": (
+    Case(over_visited(asymmetric), {"top_k": 2}),
+    Case(over_visited(reverse_kl), {"tau": -1.0, "top_k": 2}, off_policy=True),
+    Case(over_visited(forward_kl), {"tau": 1.0, "top_k": None}),
+  ),
   "constant_negative_advantage": (
     # Divided by the row's length, it favours long rows; see also below.
     Case(inverse_length, reduction="token_mean"),
@@ -281,6 +317,19 @@ CASES: dict[str, tuple[Case, ...]] = {
       off_policy=True,
     ),
     Case(over_visited(reverse_kl), {"variant": "entropy_only", "keep": 1.0}),
+  ),
+  "tropd": (
+    Case(over_visited(trust_region), EXPECTED),
+    Case(over_visited(of_generator(trusted)), {**EXPECTED, "outlier": "mask"}),
+    Case(
+      bounded(-0.5),
+      {"gate": "threshold", "outlier": "clip", "tau": -0.5},
+      off_policy=True,
+    ),
+    Case(
+      bounded(-0.5, dropped=True),
+      {"gate": "threshold", "outlier": "mask", "tau": -0.5},
+    ),
   ),
   "opd_k1": (
     Case(over_visited(reverse_kl)),

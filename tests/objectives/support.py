@@ -83,18 +83,26 @@ def scores_of(needs, logits, tokens, mask, behavior_logprobs):
   )
 
 
+def schedule(step):
+  """A step of ten."""
+  return base.Schedule(
+    step=jnp.asarray(step, jnp.int32),
+    progress=jnp.asarray(step, jnp.float32) / 10.0,
+    key=jax.random.key(step),
+  )
+
+
 def loss_of(
   objective, logits, tokens, mask, behavior_logprobs, state=None, step=0
 ):
   """The reduced loss of a whole batch, and the terms by name."""
-  schedule = base.Schedule(
-    step=jnp.asarray(step, jnp.int32), progress=jnp.asarray(step / 10.0)
-  )
   before = scores_of(
     objective.prepare_needs, logits, tokens, mask, behavior_logprobs
   )
   signals = objective.prepare(
-    before, objective.init_state() if state is None else state, schedule
+    before,
+    objective.init_state() if state is None else state,
+    schedule(step),
   )
   scores = scores_of(objective.needs, logits, tokens, mask, behavior_logprobs)
   terms, _ = objective.terms(scores, signals)
