@@ -78,11 +78,7 @@ class Update:
     """Value and gradient of the objective on a whole batch."""
     parameters = Parameters(student=state.params, **frozen)
     counts = reduce.Counts.of(batch.loss_mask)
-    schedule = Schedule(
-      step=state.step,
-      progress=state.step.astype(jnp.float32) / self.steps,
-      key=jax.random.fold_in(self._key(state.step), _OBJECTIVE),
-    )
+    schedule = self.schedule(state.step)
 
     def prepare(fields: Mapping[str, ModelScores]) -> Signals:
       bundle = bundle_scores(batch, fields)
@@ -132,6 +128,14 @@ class Update:
       ),
     }
     return new_state, metrics
+
+  def schedule(self, step: Int[Array, ""]) -> Schedule:
+    """What an objective knows of the place of a step in the run."""
+    return Schedule(
+      step=step,
+      progress=step.astype(jnp.float32) / self.steps,
+      key=jax.random.fold_in(self._key(step), _OBJECTIVE),
+    )
 
   def _key(self, step: Int[Array, ""]) -> Key[Array, ""]:
     return jax.random.fold_in(jax.random.key(self.seed), step)

@@ -86,6 +86,7 @@ def _naive_loss(step, params, frozen, batch, state):
     batch.loss_mask,
     batch.behavior_logprobs,
     state=state.objective,
+    at=step.schedule(state.step),
   )[0]
 
 

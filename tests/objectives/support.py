@@ -93,16 +93,26 @@ def schedule(step):
 
 
 def loss_of(
-  objective, logits, tokens, mask, behavior_logprobs, state=None, step=0
+  objective,
+  logits,
+  tokens,
+  mask,
+  behavior_logprobs,
+  state=None,
+  step=0,
+  at=None,
 ):
-  """The reduced loss of a whole batch, and the terms by name."""
+  """The reduced loss of a whole batch, and the terms by name.
+
+  `at` is a whole schedule, in place of that of `step`.
+  """
   before = scores_of(
     objective.prepare_needs, logits, tokens, mask, behavior_logprobs
   )
   signals = objective.prepare(
     before,
     objective.init_state() if state is None else state,
-    schedule(step),
+    schedule(step) if at is None else at,
   )
   scores = scores_of(objective.needs, logits, tokens, mask, behavior_logprobs)
   terms, _ = objective.terms(scores, signals)
