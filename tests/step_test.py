@@ -245,6 +245,23 @@ def test_eight_devices_are_one(name, micro_batches):
   _assert_close(found, expected)
 
 
+def test_a_phase_switch_does_not_recompile():
+  """One compiled program before and after the switch of REOPOLD, at 5 of 10."""
+  _, frozen, inputs, rollout = _case()
+  step = engine.make_step("reopold")
+  state = _state_of(step)
+  compiled = jax.jit(step.update_from).lower(state, frozen, inputs, rollout)
+  compiled = compiled.compile()
+  kept = []
+  for number in (4, 5):
+    now = dataclasses.replace(state, step=jnp.int32(number))
+    _, metrics = compiled(now, frozen, inputs, rollout)
+    tokens = float(metrics["rollout/tokens"])
+    kept.append(round(float(metrics["objective/kept"]) * tokens))
+  assert kept[1] == 1 + int(0.2 * (tokens - 1))
+  assert kept[0] > kept[1]
+
+
 def test_objective_state_moves_with_the_statistics():
   step = engine.make_step("stateful")
   _, frozen, inputs, rollout = _case()

@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 
 from opd_jax.errors import InputError
-from opd_jax.objectives import reduce
+from opd_jax.objectives import policy, reduce
 from opd_jax.objectives.base import Needs, Request, Signals, Term, Terms
 from opd_jax.objectives.divergences import Divergence
 from opd_jax.objectives.supports import Support
@@ -101,9 +101,8 @@ def terms(
   """Policy gradient, and the forward KL at the gate; nats per token."""
   behavior = jax.lax.stop_gradient(scores.behavior_logprobs)
   advantage = scores.teacher.logprobs - behavior
-  ratio = jnp.exp(scores.student.logprobs - behavior)
-  clipped = jnp.clip(ratio, 1 - config.clip, 1 + config.clip)
-  policy = jnp.maximum(-ratio * advantage, -clipped * advantage)
+  ratio = policy.ratio(scores)
+  pushed = policy.surrogate(ratio, advantage, config.clip, config.clip)
   forward = _support(config).divergence(
     _FORWARD_KL, scores.student.vocab_logprobs, scores.teacher.vocab_logprobs
   )
@@ -111,7 +110,7 @@ def terms(
   gated = jnp.where(unsure, config.coefficient * forward, 0.0)
   return (
     {
-      "policy": Term(policy, config.reduction),
+      "policy": Term(pushed, config.reduction),
       "forward_kl": Term(gated, config.reduction),
     },
     {

@@ -548,6 +548,29 @@ def test_a_wrong_claim_is_found_out(name):
   assert np.max(np.abs(found - wrong)) > 0.05
 
 
+@pytest.mark.parametrize(
+  ("name", "index", "neighbour"),
+  [
+    ("reopold", 0, bounded(np.log(0.3) / 0.7)),
+    ("reopold", 1, bounded(np.log(0.3) / 0.7, dropped=True)),
+    ("reopold", 2, over_visited(reverse_kl)),
+    ("exopd", 0, over_visited(reverse_kl)),
+    ("gopd", 1, tilted(0.6)),
+    ("aopd", 0, over_visited(reverse_kl)),
+    ("tropd", 0, over_visited(of_generator(trusted))),
+    ("tropd", 1, over_visited(reverse_kl)),
+  ],
+)
+def test_neighbouring_claims_are_told_apart(name, index, neighbour):
+  """What a case does not descend, though another one does."""
+  case = CASES[name][index]
+  with jax.enable_x64(True):
+    student, world = make_world(case.off_policy)
+    found = expected_gradient(case.create(name), student, world)
+    wrong = jax.grad(lambda table: neighbour(world, table))(student)
+    assert jnp.max(jnp.abs(found - wrong)) > 1e-3
+
+
 @pytest.mark.parametrize("estimator", ["k1", "k3"])
 def test_what_the_refused_losses_would_descend(estimator):
   """k1 as a loss: nothing. k3 as a loss: KL(teacher || student)."""
