@@ -115,6 +115,9 @@ def test_its_tokenizer_is_compared_with_the_students(
     "choose a reference",
   ):
     assert words in found.message
+  section = report.figures()["vocabulary"]
+  assert section["reference_rows"] == 40
+  assert section["reference_masked_rows"] == 8
 
 
 def test_the_same_checkpoint_is_loaded_once(folder, one_device):
