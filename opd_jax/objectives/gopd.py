@@ -48,7 +48,7 @@ class Config:
       reference.
     max_gap: symmetric bound of log teacher - log reference, nats; None for off.
     max_weight: bound of the weight that corrects for the sampler; None for no
-      correction.
+      correction, which refuses sampling filters.
     reduction: see `reduce.row_scale`.
   """
 
@@ -73,6 +73,7 @@ def needs(config: Config) -> Needs:
     student=Request(logprobs=True),
     teacher=Request(logprobs=True),
     reference=Request(logprobs=config.lam != 1),
+    pure_sampling=config.max_weight is None,
   )
 
 

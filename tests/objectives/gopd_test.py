@@ -73,6 +73,11 @@ def test_weighted_for_the_sampler(reduction, expected):
   np.testing.assert_allclose(_loss(objective), expected, atol=1e-5)
 
 
+def test_without_the_weight_sampling_must_be_pure():
+  assert _create(max_weight=None).needs.pure_sampling
+  assert not _create("exopd").needs.pure_sampling
+
+
 def test_the_weight_is_truncated():
   """At 1.1: 0.951229, 1.1, 0.818731, 1, 1.1 instead of up to 1.349859."""
   advantages = np.array([0.599862, 0.392023, -4.441954, 0.207554, -0.143353])
