@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from opd_jax import config
-from opd_jax.objectives import OBJECTIVES, reduce
+from opd_jax.objectives import OBJECTIVES, estimators, reduce, supports
+from opd_jax.objectives.divergences import DIVERGENCES, PARAMETERS
 from opd_jax.preflight import KINDS
 
 FOLDER = Path(__file__).resolve().parent
@@ -40,6 +41,14 @@ def attributes(cls: type) -> dict[str, str]:
 def is_group(hint: Any) -> bool:
   """Whether a type is a dataclass of keys."""
   return isinstance(hint, type) and dataclasses.is_dataclass(hint)
+
+
+def group_of(hint: Any) -> type | None:
+  """The dataclass of keys that a type is, or may be beside None."""
+  options = [hint]
+  if isinstance(hint, types.UnionType):
+    options = [*typing.get_args(hint)]
+  return next(filter(is_group, options), None)
 
 
 def type_name(hint: Any) -> str:
@@ -70,9 +79,11 @@ def table(cls: type, prefix: str = "") -> str:
       default = f"`{shown}`"
     if field.default_factory is not dataclasses.MISSING:
       default = f"`{field.default_factory()!r}`"
-    if is_group(hints[field.name]):
+    hint = hints[field.name]
+    if is_group(hint) or (group_of(hint) and not prefix):
       form = f"[group](#{field.name})"
-      default = "required" if default == "required" else "its defaults"
+      if default not in ("required", "`None`"):
+        default = "its defaults"
     meaning = told[field.name].replace("|", r"\|")
     lines.append(f"| {key} | {form} | {default} | {meaning} |")
   return "\n".join(lines)
@@ -97,8 +108,8 @@ def markdown(docstring: str) -> str:
 def configuration() -> str:
   """Every key of a config, group by group."""
   parts = ["## The run", table(config.RunConfig)]
-  for name, cls in typing.get_type_hints(config.RunConfig).items():
-    if is_group(cls):
+  for name, hint in typing.get_type_hints(config.RunConfig).items():
+    if cls := group_of(hint):
       parts += [f"## {name}", summary(cls), table(cls, f"{name}.")]
   for name, cls, prefix in (
     ("sources", config.SourceConfig, "data.sources.NAME."),
@@ -133,6 +144,23 @@ def reductions() -> str:
   return markdown(text.partition("\n\n")[2])
 
 
+def divergences() -> str:
+  """The first line of each divergence, and its parameter."""
+  lines = ["| divergence | per position | option |", "|---|---|---|"]
+  for name, function in DIVERGENCES.items():
+    meaning = inspect.cleandoc(function.__doc__ or "").split("\n\n")[0]
+    meaning = " ".join(meaning.split()).replace("|", r"\|")
+    option = f"`{PARAMETERS[name][0]}`" if name in PARAMETERS else ""
+    lines.append(f"| `{name}` | {meaning} | {option} |")
+  return "\n".join(lines)
+
+
+def module_text(module: types.ModuleType) -> str:
+  """The docstring of a module below its first line."""
+  text = inspect.cleandoc(module.__doc__ or "")
+  return markdown(text.partition("\n\n")[2])
+
+
 def findings() -> str:
   """What preflight can find."""
   rows = [
@@ -147,6 +175,9 @@ SECTIONS = {
   "sft": sft,
   "objectives": objectives,
   "reductions": reductions,
+  "divergences": divergences,
+  "supports": lambda: module_text(supports),
+  "estimators": lambda: module_text(estimators),
   "findings": findings,
 }
 

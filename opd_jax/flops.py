@@ -61,6 +61,7 @@ def step(
   prompt_length: float,
   completion_length: float,
   frozen_prompt_length: float | None = None,
+  reference: ModelConfig | None = None,
 ) -> float:
   """Operations of one step on real (not padded) tokens.
 
@@ -73,6 +74,7 @@ def step(
     completion_length: tokens per completion, on average.
     frozen_prompt_length: tokens per prompt that frozen models read; None for
       the student's.
+    reference: a model that scores every row after the student's prompts.
   """
   drawn = rows * completion_length
   prefill = forward(
@@ -87,6 +89,8 @@ def step(
   if frozen_prompt_length is None:
     frozen_prompt_length = prompt_length
   scores = [score(config, frozen_prompt_length) for config in frozen]
+  if reference is not None:
+    scores.append(score(reference, prompt_length))
   return prefill + decode + 3 * score(student, prompt_length) + sum(scores)
 
 

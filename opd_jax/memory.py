@@ -26,7 +26,7 @@ Phase = Literal[
   "sampling",
   "evaluation",
   "update",
-  "teacher forward",
+  "frozen forward",
   "vocabulary loop",
   "backward pass",
 ]
@@ -72,7 +72,7 @@ class Estimate:
   def total(self) -> int:
     """Bytes at the fullest moment of a step; an estimate."""
     update = self._sum("update") + max(
-      self._sum("teacher forward"),
+      self._sum("frozen forward"),
       self._sum("vocabulary loop"),
       self._sum("backward pass"),
     )
@@ -107,6 +107,7 @@ def estimate(
   window: int,
   teacher_window: int | None = None,
   evaluation: Decoding | None = None,
+  same_weights: bool = False,
 ) -> Estimate:
   """Counts what one device holds during a step.
 
@@ -120,6 +121,7 @@ def estimate(
     window: P, slots of a prompt.
     teacher_window: slots of the teacher's prompts; None for the student's.
     evaluation: of the student, between steps.
+    same_weights: teacher and reference hold the same arrays.
   """
   rollout = Decoding(
     prompts=prompts,
@@ -129,7 +131,7 @@ def estimate(
   )
   rows = prompts * step.rollouts
   parts = [
-    *_weights(step),
+    *_weights(step, same_weights),
     *_sampling(step, rollout, "sampling", ""),
     *_update(step, rows, window, teacher_window or window),
   ]
@@ -186,7 +188,7 @@ def cache(model: Model, rows: int, slots: int) -> KVCache:
   return jax.tree.map(place, shapes)
 
 
-def _weights(step: Step) -> Iterable[Part]:
+def _weights(step: Step, same_weights: bool) -> Iterable[Part]:
   state = step.abstract_state()
   yield Part(
     name="student weights",
@@ -202,15 +204,22 @@ def _weights(step: Step) -> Iterable[Part]:
     exact=True,
     formula="parameters x 2 moments x 4 bytes",
   )
-  teacher = step.scorer.teacher
-  if teacher is not None:
+  for role, model in _frozen(step).items():
+    if role == "reference" and same_weights:
+      continue
     yield Part(
-      name="teacher weights",
-      size=shard_bytes(teacher.abstract_params(teacher.compute_dtype)),
+      name=f"{role} weights",
+      size=shard_bytes(model.abstract_params(model.compute_dtype)),
       phase="always",
       exact=True,
-      formula=f"parameters x {_itemsize(teacher)} bytes",
+      formula=f"parameters x {_itemsize(model)} bytes",
     )
+
+
+def _frozen(step: Step) -> dict[str, Model]:
+  """The frozen models by role."""
+  models = {"teacher": step.scorer.teacher, "reference": step.scorer.reference}
+  return {role: model for role, model in models.items() if model is not None}
 
 
 def _sampling(
@@ -260,8 +269,8 @@ def _update(
   step: Step, rows: int, window: int, teacher_window: int
 ) -> Iterable[Part]:
   student = step.scorer.student
-  teacher = step.scorer.teacher
-  models = [student] if teacher is None else [student, teacher]
+  frozen = _frozen(step)
+  models = [student, *frozen.values()]
   length = step.sampling.max_new_tokens
   slots = window + length
   rows = _share(rows // step.micro_batches, student.layout)
@@ -300,13 +309,17 @@ def _update(
     exact=False,
     formula="tokens x width of each model, twice",
   )
-  if teacher is not None:
-    heads = teacher.config.num_heads // teacher.layout.shards("heads")
-    seen = teacher_window + length
+  attention = []
+  for role, model in frozen.items():
+    heads = model.config.num_heads // model.layout.shards("heads")
+    seen = length + (teacher_window if role == "teacher" else window)
+    attention.append((2 * rows * heads * seen * seen * 4, role))
+  if attention:
+    size, role = max(attention)  # One model runs after the other.
     yield Part(
-      name="attention of the teacher",
-      size=2 * rows * heads * seen * seen * 4,
-      phase="teacher forward",
+      name=f"attention of the {role}",
+      size=size,
+      phase="frozen forward",
       exact=False,
       formula="rows x heads x slots x slots x 4 bytes, twice",
     )

@@ -31,10 +31,12 @@ class Setup:
     config: of the run.
     student: its architecture.
     teacher: its architecture.
+    reference: its architecture, if there is one.
     tokenizer: of the student.
     teacher_tokenizer: of the teacher.
+    reference_tokenizer: of the reference, if there is one.
     difference: between the tokenizers of student and teacher.
-    vocab_size: ids that both models and the tokenizer have.
+    vocab_size: ids that all models and the tokenizer have.
     stop_ids: end a completion.
     prompts: endless batches.
     held_out: texts of the held-out loss, if there are any.
@@ -46,8 +48,10 @@ class Setup:
   config: RunConfig
   student: ModelConfig
   teacher: ModelConfig
+  reference: ModelConfig | None
   tokenizer: Tokenizer
   teacher_tokenizer: Tokenizer
+  reference_tokenizer: Tokenizer | None
   difference: Difference
   vocab_size: int
   stop_ids: tuple[int, ...]
@@ -70,25 +74,32 @@ def prepare(config: RunConfig) -> Setup:
   """
   objective = objectives.create(config.objective)
   _check_supported(objective)
+  _check_reference(config, objective)
   models = {}
   for role, source in (
     ("student", config.student),
     ("teacher", config.teacher),
+    ("reference", config.reference),
   ):
-    models[role] = hf.read_config(source.path)
-    hf.check(source.path, models[role])
+    if source is not None:
+      models[role] = hf.read_config(source.path)
+      hf.check(source.path, models[role])
   student_tokenizer = tokenizer.load(hf.resolve(config.student.path))
   teacher_tokenizer = tokenizer.load(hf.resolve(config.teacher.path))
+  reference_tokenizer = None
+  if config.reference is not None:
+    reference_tokenizer = tokenizer.load(hf.resolve(config.reference.path))
   difference = tokenizer.compare(student_tokenizer, teacher_tokenizer)
   vocab_size = min(
-    models["student"].vocab_size,
-    models["teacher"].vocab_size,
+    *(model.vocab_size for model in models.values()),
     student_tokenizer.id_count,
   )
+  objective.check_vocabulary(vocab_size)
   stop_ids = config.sampling.stop_ids
   if stop_ids is None:
     stop_ids = student_tokenizer.stop_ids
   sampling.check(config.sampling, stop_ids, config.batch.rollouts, vocab_size)
+  _check_sampling(config, objective)
   prompts = Prompts(
     config.data,
     student_tokenizer,
@@ -115,8 +126,10 @@ def prepare(config: RunConfig) -> Setup:
     config=config,
     student=models["student"],
     teacher=models["teacher"],
+    reference=models.get("reference"),
     tokenizer=student_tokenizer,
     teacher_tokenizer=teacher_tokenizer,
+    reference_tokenizer=reference_tokenizer,
     difference=difference,
     vocab_size=vocab_size,
     stop_ids=stop_ids,
@@ -167,7 +180,12 @@ def make_step(setup: Setup, mesh: Mesh | None = None) -> Step:
     setup.student, train, config.student.compute_dtype, config.student.remat
   )
   teacher = Model(setup.teacher, train, config.teacher.compute_dtype)
-  for role, model in (("student", student), ("teacher", teacher)):
+  models = {"student": student, "teacher": teacher}
+  reference = None
+  if setup.reference is not None and config.reference is not None:
+    reference = Model(setup.reference, train, config.reference.compute_dtype)
+    models["reference"] = reference
+  for role, model in models.items():
     try:
       model.abstract_params()
     except InputError as error:
@@ -175,6 +193,7 @@ def make_step(setup: Setup, mesh: Mesh | None = None) -> Step:
   scorer = Scorer(
     student=student,
     teacher=teacher,
+    reference=reference,
     vocab_size=setup.vocab_size,
     temperature=config.sampling.temperature or 1.0,
     chunk_tokens=config.batch.chunk_tokens,
@@ -196,15 +215,33 @@ def make_step(setup: Setup, mesh: Mesh | None = None) -> Step:
 
 def _check_supported(objective: Objective) -> None:
   needs = objective.needs
-  for role in ("reference", "student_privileged"):
-    if getattr(needs, role):
-      raise InputError(
-        f"objective {objective.name} needs {role}, which a config cannot name "
-        "yet; choose an objective that needs student and teacher only"
-      )
+  if needs.student_privileged:
+    raise InputError(
+      f"objective {objective.name} needs student_privileged, which a config "
+      "cannot name yet; choose an objective without it"
+    )
   if needs.host:
     raise InputError(
       f"objective {objective.name} needs a host stage, and none is registered"
+    )
+
+
+def _check_reference(config: RunConfig, objective: Objective) -> None:
+  """Raises unless there is a reference exactly where one is needed."""
+  needed = objective.needs.reference or objective.prepare_needs.reference
+  if needed and config.reference is None:
+    raise InputError(
+      f"objective {objective.name} with these options needs a reference model, "
+      "and reference is None; set reference.path to the checkpoint that the "
+      f"student starts from ({config.student.path}), or to the one that the "
+      "teacher was trained from"
+    )
+  if config.reference is not None and not needed:
+    raise InputError(
+      f"reference.path = {config.reference.path!r}, but objective "
+      f"{objective.name} with these options reads no reference model, which "
+      "would take memory for nothing; set reference to None, or choose an "
+      "objective that needs one, such as exopd"
     )
 
 
@@ -214,7 +251,7 @@ def _check_windows(
   """Raises unless the models have positions for prompt and completion."""
   key, completion = "data.max_prompt_tokens", config.sampling.max_new_tokens
   windows = {"student": (key, config.data.max_prompt_tokens)}
-  windows["teacher"] = windows["student"]
+  windows |= dict.fromkeys(models, windows["student"])
   if prompts.teacher_window is not None:
     windows["teacher"] = ("the longest teacher_prompt", prompts.teacher_window)
   for role, (name, window) in windows.items():
@@ -226,6 +263,18 @@ def _check_windows(
         f"positions ({getattr(config, role).path}); lower {key} or "
         "sampling.max_new_tokens"
       )
+
+
+def _check_sampling(config: RunConfig, objective: Objective) -> None:
+  if objective.needs.pure_sampling and not config.sampling.is_pure:
+    sampling = config.sampling
+    raise InputError(
+      f"objective {objective.name} is right only for tokens drawn from the "
+      "student's whole distribution, and got sampling.temperature = "
+      f"{sampling.temperature}, top_k = {sampling.top_k}, top_p = "
+      f"{sampling.top_p}, min_p = {sampling.min_p}; leave the filters out with "
+      "a temperature > 0, or take opd_k1, whose ratio weighs for them"
+    )
 
 
 def _check_batch(config: RunConfig, shards: int) -> None:

@@ -181,6 +181,7 @@ def make_step(setup: SftSetup, mesh: Mesh | None = None) -> SftStep:
     learning_rate=optim.learning_rate(config.optimizer, config.steps),
     micro_batches=config.batch.micro_batches,
     steps=config.steps,
+    seed=config.seed,
   )
 
 

@@ -15,7 +15,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Int
 
 from opd_jax import sampling
 from opd_jax.config import SamplingConfig
@@ -42,14 +42,12 @@ class Step(Update):
     sampling: how completions are drawn.
     stop_ids: that end them.
     rollouts: G, completions per prompt.
-    seed: of every draw.
   """
 
   decoder: Model
   sampling: SamplingConfig
   stop_ids: tuple[int, ...]
   rollouts: int
-  seed: int
 
   @jax.named_scope("rollout")
   def rollout(
@@ -135,9 +133,6 @@ class Step(Update):
       behavior_logprobs=rollout.behavior_logprobs,
       group=jnp.arange(rows, dtype=jnp.int32) // self.rollouts,
     )
-
-  def _key(self, step: Int[Array, ""]) -> Key[Array, ""]:
-    return jax.random.fold_in(jax.random.key(self.seed), step)
 
 
 def rollout_metrics(rollout: Rollout) -> Metrics:

@@ -279,16 +279,21 @@ def compare(
 
 
 def explain(
-  student: Tokenizer, teacher: Tokenizer, difference: Difference
+  student: Tokenizer,
+  teacher: Tokenizer,
+  difference: Difference,
+  role: str = "teacher",
 ) -> str | None:
   """Why a teacher cannot score the student's ids; None if it can.
+
+  The other frozen models are teachers here, of another `role`.
 
   Extra ids beyond the other's last one (padding rows) and different special
   ids (a base model and its chat version) are no obstacle.
   """
-  names = f"student {student.path} and teacher {teacher.path}"
+  names = f"student {student.path} and {role} {teacher.path}"
   remedy = (
-    "choose a teacher of the student's tokenizer family: its scores are about "
+    f"choose a {role} of the student's tokenizer family: its scores are about "
     "the student's ids"
   )
   encoded = ""

@@ -12,13 +12,14 @@ import numpy as np
 
 from opd_jax import flops, loop, preflight
 from opd_jax import setup as setup_lib
-from opd_jax.config import RunConfig
+from opd_jax.config import ModelSource, RunConfig
 from opd_jax.data.prompts import Batch, Tokens
 from opd_jax.evaluate import Accuracy
 from opd_jax.held_out import HeldOutLoss
 from opd_jax.meter import Work
 from opd_jax.models import Model, hf
 from opd_jax.programs import Programs
+from opd_jax.scoring import Scorer
 from opd_jax.setup import Setup
 from opd_jax.sharding import Layout
 from opd_jax.step import Step
@@ -112,11 +113,8 @@ class Distillation:
     return self._step.place_state(params)
 
   def compile(self, state: TrainState) -> None:
-    """Loads the teacher and compiles the step."""
-    teacher = self._step.scorer.model("teacher")
-    self._frozen["teacher"] = hf.load(
-      self.config.teacher.path, teacher, teacher.compute_dtype
-    )
+    """Loads the frozen models and compiles the step."""
+    self._frozen = load_frozen(self.config, self._step.scorer)
     inputs = _abstract_inputs(self._setup, self.student.layout)
     self._programs.compile(state, self._frozen, inputs)
 
@@ -160,8 +158,28 @@ class Distillation:
       prompt_length=record["rollout/prompt_length_mean"],
       completion_length=record["rollout/length_mean"],
       frozen_prompt_length=record.get("teacher/prompt_length_mean"),
+      reference=self._setup.reference,
     )
     return Work(tokens=record["rollout/tokens"], operations=operations)
+
+
+def load_frozen(config: RunConfig, scorer: Scorer) -> dict[str, Params]:
+  """The weights of the frozen models by role, in their places.
+
+  Two roles of the same checkpoint and dtype hold the same arrays.
+  """
+  sources = {"teacher": config.teacher, "reference": config.reference}
+  loaded: dict[ModelSource, Params] = {}
+  frozen = {}
+  for role, source in sources.items():
+    if source is None:
+      continue
+    if source not in loaded:
+      loaded[source] = hf.load(
+        source.path, scorer.model(role), source.compute_dtype
+      )
+    frozen[role] = loaded[source]
+  return frozen
 
 
 def describe(setup: Setup, step: Step) -> Iterator[str]:
@@ -173,6 +191,13 @@ def describe(setup: Setup, step: Step) -> Iterator[str]:
     f"parameters), teacher {config.teacher.path} "
     f"({hf.parameter_count(setup.teacher):,})"
   )
+  if setup.reference is not None and config.reference is not None:
+    shared = config.reference == config.teacher
+    yield (
+      f"reference {config.reference.path} "
+      f"({hf.parameter_count(setup.reference):,}"
+      f"{', the weights of the teacher' if shared else ''})"
+    )
   yield (
     f"prompts {', '.join(config.data.sources)}: {report.kept} of "
     f"{report.rows} rows, {report.mean_length:.1f} tokens on average, the "
@@ -200,6 +225,8 @@ def describe(setup: Setup, step: Step) -> Iterator[str]:
     "student": setup.student.vocab_size,
     "teacher": setup.teacher.vocab_size,
   }
+  if setup.reference is not None:
+    ids["reference"] = setup.reference.vocab_size
   padded = [
     f"{role} has {rows}"
     for role, rows in ids.items()

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int, Key
 
 from opd_jax.gradient import Evaluation, evaluate
 from opd_jax.models import Model
@@ -31,6 +31,9 @@ from opd_jax.types import (
 Metrics = Mapping[str, Float[Array, ""]]
 Frozen = Mapping[str, Params]
 
+# Folded into the key of a step for the objective; the sampler folds in rows.
+_OBJECTIVE = 2**31 - 1
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Update:
@@ -43,6 +46,7 @@ class Update:
     learning_rate: for the log, by step.
     micro_batches: parts of the batch the gradient is summed over.
     steps: of the whole run.
+    seed: of every draw.
   """
 
   scorer: Scorer
@@ -51,6 +55,7 @@ class Update:
   learning_rate: optax.Schedule
   micro_batches: int
   steps: int
+  seed: int
 
   def init_state(self, params: Params) -> TrainState:
     """The state before the first step."""
@@ -73,10 +78,7 @@ class Update:
     """Value and gradient of the objective on a whole batch."""
     parameters = Parameters(student=state.params, **frozen)
     counts = reduce.Counts.of(batch.loss_mask)
-    schedule = Schedule(
-      step=state.step,
-      progress=state.step.astype(jnp.float32) / self.steps,
-    )
+    schedule = self.schedule(state.step)
 
     def prepare(fields: Mapping[str, ModelScores]) -> Signals:
       bundle = bundle_scores(batch, fields)
@@ -126,6 +128,17 @@ class Update:
       ),
     }
     return new_state, metrics
+
+  def schedule(self, step: Int[Array, ""]) -> Schedule:
+    """What an objective knows of the place of a step in the run."""
+    return Schedule(
+      step=step,
+      progress=step.astype(jnp.float32) / self.steps,
+      key=jax.random.fold_in(self._key(step), _OBJECTIVE),
+    )
+
+  def _key(self, step: Int[Array, ""]) -> Key[Array, ""]:
+    return jax.random.fold_in(jax.random.key(self.seed), step)
 
   def _accumulate(
     self,

@@ -98,6 +98,22 @@ BAD_CONFIGS = {
     ["objective.beta=1.5"],
     ["objective gkd: beta", "[0, 1]", "1.5"],
   ),
+  "estimator that is no loss": (
+    ["objective={'name': 'opd_k2', 'estimator': 'k1'}"],
+    ["objective opd_k2: ", "'k1' cannot be a loss", "gradient of k1 is 0"],
+  ),
+  "filter without a correction": (
+    ["objective.name=opd_k2", "sampling.top_p=0.9"],
+    ["objective opd_k2", "whole distribution", "top_p = 0.9", "take opd_k1"],
+  ),
+  "support without a size": (
+    ["objective={'name': 'gkd', 'support': 'union'}"],
+    ["objective gkd: ", "support 'union' needs top_k"],
+  ),
+  "support of more ids than there are": (
+    ["objective={'name': 'eopd', 'top_k': 33}"],
+    ["objective eopd: ", "top_k", "[1, V=32]", "33"],
+  ),
   "no such model": (["student.path=nowhere"], ["'nowhere'", "give a folder"]),
   "no such data": (
     ["data.sources.texts.path=nowhere"],

@@ -113,6 +113,7 @@ def test_config_parses_and_its_mesh_divides_its_models(name, shared_data):
     config=config,
     student=student,
     teacher=teacher,
+    reference=None,
     vocab_size=min(student.vocab_size, teacher.vocab_size),
     stop_ids=(),
     objective=objectives.create(config.objective),

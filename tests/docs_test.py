@@ -71,8 +71,9 @@ def test_commands_and_keys_exist(path):
   groups: dict[str, set[str]] = {}
   for cls in (config_lib.RunConfig, config_lib.SftConfig):
     for group, hint in typing.get_type_hints(cls).items():
-      fields = set(getattr(hint, "__dataclass_fields__", ()))
-      groups[group] = groups.get(group, set()) | fields
+      for option in (hint, *typing.get_args(hint)):
+        fields = set(getattr(option, "__dataclass_fields__", ()))
+        groups[group] = groups.get(group, set()) | fields
   spans = re.findall(r"`(\w+)\.(\w+)(?: = [^`]*)?`", text)
   named += [span for span in spans if span[0] in groups]
   groups["objective"] = {"name"}.union(

@@ -43,6 +43,20 @@ TEACHER = ModelConfig.from_hf(
     "tie_word_embeddings": False,
   }
 )
+REFERENCE = ModelConfig.from_hf(
+  {
+    "model_type": "qwen3",
+    "vocab_size": 62,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": True,
+  }
+)
 PROMPTS, ROLLOUTS, WINDOW, LENGTH = 4, 2, 6, 7
 STOP_IDS = (3, 5, 11, 17, 23, 29)
 
@@ -51,7 +65,11 @@ def objective_of(name):
   if name in toys.TOYS:
     return toys.bind(name)
   options = {"gkd_jsd": {"name": "gkd", "beta": 0.3}}
+  options["gkd_top_k"] = {"name": "gkd", "support": "union", "top_k": 8}
   options["opd_k1_discount"] = {"name": "opd_k1", "discount": 0.7}
+  options["aopd"] = {"name": "aopd", "top_k": 5}
+  options["tropd"] = {"name": "tropd", "top_k": 5}
+  options["reopold_refining"] = {"name": "reopold", "switch": 0.0}
   return objectives.create(options.get(name, {"name": name}))
 
 
@@ -60,6 +78,16 @@ OBJECTIVES = (
   "opd_k1_discount",
   "gkd",
   "gkd_jsd",
+  "gkd_top_k",
+  "opd_k2",
+  "distillm",
+  "eopd",
+  "reopold",
+  "reopold_refining",
+  "exopd",
+  "aopd",
+  "tropd",
+  "constant_negative_advantage",
   *toys.TOYS,
 )
 
@@ -72,16 +100,19 @@ def make_step(name="gkd", *, mesh=None, devices=1, **changes):
     learning_rate=1e-3, warmup_steps=2, schedule="cosine", weight_decay=0.1
   )
   dtype = changes.pop("compute_dtype", "float32")
+  objective = objective_of(name)
+  needed = bool(objective.needs.reference)
   scorer = Scorer(
     student=Model(STUDENT, train, dtype),
     teacher=Model(TEACHER, train, dtype),
+    reference=Model(REFERENCE, train, dtype) if needed else None,
     vocab_size=STUDENT.vocab_size,
     chunk_tokens=changes.pop("chunk_tokens", 16),
   )
   step = Step(
     decoder=Model(STUDENT, decode, dtype),
     scorer=scorer,
-    objective=objective_of(name),
+    objective=objective,
     optimizer=optim.build(config, steps=10),
     learning_rate=optim.learning_rate(config, steps=10),
     sampling=SamplingConfig(max_new_tokens=LENGTH),
@@ -108,7 +139,10 @@ def make_state(step):
   params = init(step.scorer.student, 0)
   shardings = jax.tree.map(lambda leaf: leaf.sharding, step.abstract_state())
   state = jax.jit(step.init_state, out_shardings=shardings)(params)
-  return state, {"teacher": init(step.scorer.teacher, 1)}
+  frozen = {"teacher": init(step.scorer.teacher, 1)}
+  if step.scorer.reference is not None:
+    frozen["reference"] = init(step.scorer.reference, 2)
+  return state, frozen
 
 
 def make_inputs(privileged=True):

@@ -140,6 +140,26 @@ def test_the_whole_is_near_the_compilers_account(mesh, changes, remat):
   assert found.total == pytest.approx(whole, rel=0.2)
 
 
+def test_a_reference_counts():
+  """Its weights, unless they are the teacher's, and the larger attention."""
+  step = engine.make_step("exopd")
+  plain, without = parts_of(engine.make_step("opd_k1"))
+  found, parts = parts_of(step)
+  _, frozen = engine.make_state(step)
+  weights = parts["reference weights"]
+  assert weights.size == on_first_device(frozen["reference"])
+  assert weights.exact
+  assert found.resident == plain.resident + weights.size
+  for name in ("hidden states", "distributions of a chunk"):
+    assert parts[name].size > without[name].size, name
+  # Both have 4 heads and read the same slots.
+  name = "attention of the teacher"
+  assert parts[name].size == without[name].size
+  shared = memory.estimate(step, PROMPTS, WINDOW, same_weights=True)
+  assert "reference weights" not in {part.name for part in shared.parts}
+  assert shared.resident == plain.resident
+
+
 def test_longer_prompts_of_the_teacher_count():
   step = engine.make_step()
   short = memory.estimate(step, PROMPTS, WINDOW)

@@ -94,6 +94,7 @@ def _step(*, mesh=None, devices=1, micro_batches=1, chunk_tokens=16):
     learning_rate=optax.constant_schedule(0.1),
     micro_batches=micro_batches,
     steps=10,
+    seed=0,
   )
 
 

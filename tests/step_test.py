@@ -19,8 +19,11 @@ BEHIND = 4  # A prompt id is written behind the end to see that nobody looks.
 
 @functools.cache
 def _case():
-  """State, frozen weights, inputs, and one rollout, drawn on one device."""
-  step = engine.make_step()
+  """State, frozen weights, inputs, and one rollout, drawn on one device.
+
+  The frozen weights are those of all roles, needed or not.
+  """
+  step = engine.make_step("exopd")
   state, frozen = engine.make_state(step)
   inputs = engine.make_inputs()
   rollout = jax.jit(step.rollout)(state.params, state.step, inputs.prompts)
@@ -64,7 +67,7 @@ def _naive_loss(step, params, frozen, batch, state):
   """All of [B, T, V] at once, one prompt layout, the loss straight from it."""
   logits = {}
   for role in base.ROLES:
-    if role == "reference":
+    if role not in step.objective.needs.roles():
       continue
     prompts = (
       batch.privileged if role == "student_privileged" else batch.prompts
@@ -83,6 +86,7 @@ def _naive_loss(step, params, frozen, batch, state):
     batch.loss_mask,
     batch.behavior_logprobs,
     state=state.objective,
+    at=step.schedule(state.step),
   )[0]
 
 
@@ -174,15 +178,45 @@ def test_fused_is_split():
   assert int(one.step) == 3
 
 
+def test_the_reference_is_read():
+  """Its log-probabilities are those of the bare model, and they matter."""
+  evaluation, batch = _evaluation("exopd")
+  step = engine.make_step("exopd")
+  _, frozen, *_ = _case()
+  tokens, positions = sequences.join(batch.prompts, batch.tokens, batch.lengths)
+  model, params = step.scorer.model("reference"), frozen["reference"]
+  logits = model.logits(params, model.hidden(params, tokens, positions))
+  logits = logits[:, engine.WINDOW - 1 : -1, : step.scorer.vocab_size]
+  expected = support.token_logprobs(logits, batch.tokens)
+  np.testing.assert_allclose(
+    evaluation.observed["reference"]["logprobs"],
+    jnp.where(batch.loss_mask, expected, 0.0),
+    atol=1e-5,
+  )
+  swapped = {**frozen, "reference": jax.tree.map(jnp.negative, params)}
+  other = jax.jit(step.gradient)(_state_of(step), swapped, batch)
+  assert abs(other.losses["policy"] - evaluation.losses["policy"]) > 1e-3
+
+
 @pytest.mark.parametrize(
   ("name", "micro_batches"),
   [
     ("gkd", 1),
+    ("gkd_top_k", 2),
     ("opd_k1", 2),
+    ("opd_k2", 1),
+    ("distillm", 1),
+    ("eopd", 2),
     ("quantile", 1),
     ("three_terms", 1),
     ("two_prompts", 2),
     ("whole_rows", 1),
+    ("reopold", 1),
+    ("reopold_refining", 2),
+    ("exopd", 2),
+    ("constant_negative_advantage", 1),
+    ("aopd", 2),
+    ("tropd", 2),
   ],
 )
 def test_eight_devices_are_one(name, micro_batches):
@@ -209,6 +243,23 @@ def test_eight_devices_are_one(name, micro_batches):
     state, frozen, step.scoring_batch(jax.device_get(rollout), inputs)
   )
   _assert_close(found, expected)
+
+
+def test_a_phase_switch_does_not_recompile():
+  """One compiled program before and after the switch of REOPOLD, at 5 of 10."""
+  _, frozen, inputs, rollout = _case()
+  step = engine.make_step("reopold")
+  state = _state_of(step)
+  compiled = jax.jit(step.update_from).lower(state, frozen, inputs, rollout)
+  compiled = compiled.compile()
+  kept = []
+  for number in (4, 5):
+    now = dataclasses.replace(state, step=jnp.int32(number))
+    _, metrics = compiled(now, frozen, inputs, rollout)
+    tokens = float(metrics["rollout/tokens"])
+    kept.append(round(float(metrics["objective/kept"]) * tokens))
+  assert kept[1] == 1 + int(0.2 * (tokens - 1))
+  assert kept[0] > kept[1]
 
 
 def test_objective_state_moves_with_the_statistics():

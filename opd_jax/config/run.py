@@ -93,6 +93,8 @@ class RunConfig:
   Attributes:
     student: is trained; float32 master weights, exported at the end.
     teacher: frozen.
+    reference: a second frozen model, for the objectives that need one, and None
+      for the others.
     data: the prompts.
     sampling: how the student draws.
     batch: rows per step.
@@ -112,6 +114,7 @@ class RunConfig:
 
   student: TrainedModelSource
   teacher: ModelSource
+  reference: ModelSource | None = None
   data: DataConfig
   sampling: SamplingConfig = SamplingConfig()
   batch: BatchConfig = BatchConfig()

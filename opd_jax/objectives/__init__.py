@@ -7,12 +7,33 @@ from typing import Any
 
 from opd_jax import parsing
 from opd_jax.errors import InputError
-from opd_jax.objectives import gkd, opd_k1
+from opd_jax.objectives import (
+  aopd,
+  constant_negative_advantage,
+  distillm,
+  eopd,
+  exopd,
+  gkd,
+  gopd,
+  opd_k1,
+  opd_k2,
+  reopold,
+  tropd,
+)
 from opd_jax.objectives.base import Objective
 
 OBJECTIVES: dict[str, ModuleType] = {
+  "aopd": aopd,
+  "constant_negative_advantage": constant_negative_advantage,
+  "distillm": distillm,
+  "eopd": eopd,
+  "exopd": exopd,
   "gkd": gkd,
+  "gopd": gopd,
   "opd_k1": opd_k1,
+  "opd_k2": opd_k2,
+  "reopold": reopold,
+  "tropd": tropd,
 }
 
 

@@ -11,6 +11,8 @@ and, where the method calls for it,
   prepare_needs(config) -> Needs        what `prepare` reads; default: masks,
                                         tokens and behavior logprobs only
   prepare(config, scores, state, schedule) -> Signals
+  check_vocabulary(config, vocab_size)  raises InputError for options that the
+                                        ids shared by all models do not allow
   init_state(config) -> {name: array}   carried across steps, checkpointed
   update_state(config, state, statistics) -> state
 
@@ -29,7 +31,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from opd_jax.errors import InputError
 from opd_jax.types import Scores
@@ -72,6 +74,8 @@ class Needs:
     reference: the frozen reference.
     whole_rows: hand over all of T at once; excludes `vocab_logprobs`.
     host: a host stage must run between rollout and scoring.
+    pure_sampling: there is no correction for how the tokens are drawn, which
+      must be from the student's whole distribution, without filters.
   """
 
   student: Request = Request()
@@ -80,6 +84,7 @@ class Needs:
   reference: Request = Request()
   whole_rows: bool = False
   host: bool = False
+  pure_sampling: bool = False
 
   def __post_init__(self):
     wide = [role for role in ROLES if getattr(self, role).vocab_logprobs]
@@ -161,10 +166,12 @@ class Schedule:
   Attributes:
     step: updates done before this one.
     progress: step / total steps, in [0, 1).
+    key: of (seed, step), for what `prepare` draws; the same on every mesh.
   """
 
   step: Int[Array, ""]
   progress: Float[Array, ""]
+  key: Key[Array, ""]
 
 
 State = Mapping[str, Array]
@@ -172,6 +179,10 @@ State = Mapping[str, Array]
 
 def _no_needs(config: Any) -> Needs:
   return Needs()
+
+
+def _any_vocabulary(config: Any, vocab_size: int) -> None:
+  pass
 
 
 def _no_state(config: Any) -> State:
@@ -202,6 +213,7 @@ class Objective:
   prepare_fn: Callable[..., Signals]
   init_state_fn: Callable[..., State]
   update_state_fn: Callable[..., State]
+  check_vocabulary_fn: Callable[..., None]
 
   @classmethod
   def bind(cls, name: str, module: Any, config: Any) -> "Objective":
@@ -223,7 +235,15 @@ class Objective:
       prepare_fn=getattr(module, "prepare", _no_signals),
       init_state_fn=getattr(module, "init_state", _no_state),
       update_state_fn=getattr(module, "update_state", _same_state),
+      check_vocabulary_fn=getattr(module, "check_vocabulary", _any_vocabulary),
     )
+
+  def check_vocabulary(self, vocab_size: int) -> None:
+    """Raises InputError where an option does not fit the shared vocabulary."""
+    try:
+      self.check_vocabulary_fn(self.config, vocab_size)
+    except InputError as error:
+      raise InputError(f"objective {self.name}: {error}") from error
 
   def prepare_covers(self, role: str) -> bool:
     """Whether all `terms` reads of a frozen role, `prepare` has read before."""

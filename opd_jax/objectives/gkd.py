@@ -1,24 +1,38 @@
-"""Full-vocabulary divergence on the student's own completions (GKD).
+"""Divergence of whole distributions on the student's own completions (GKD).
 
-  loss_t = JSD_beta(student, teacher)      beta = 0: KL(teacher || student)
-                                           beta = 1: KL(student || teacher)
+  loss_t = D(student, teacher)             at the prefix of completion token t
 
-per position, over the whole vocabulary; see `divergences.generalized_jsd`. The
-drawn tokens are data: no gradient flows through the sampling, which is what
-separates GKD from MiniLLM.
+per position. D is `objective.divergence`, see `divergences`; by default
 
-Source: Agarwal et al., arXiv 2306.13649, Eq. 1. The temperature is the run's
-sampling temperature, applied to both models, without the factor temperature^2.
+  jsd    beta KL(teacher || M) + (1 - beta) KL(student || M)
+         with M = beta teacher + (1 - beta) student
+         beta = 0: KL(teacher || student)  beta = 1: KL(student || teacher)
+
+over all the vocabulary, or over what `objective.support` leaves of it, see
+`supports`. The drawn tokens are data: no gradient flows through the sampling,
+which is what separates GKD from MiniLLM. So the expected gradient is that of
+the divergences at the prefixes the student reaches, without the effect of a
+token on later prefixes.
+
+Source: Agarwal et al., arXiv 2306.13649, Eq. 1; the other divergences and their
+sources are in `divergences`. The temperature is the run's sampling temperature,
+applied to both models, without the factor temperature^2. All completions are
+the student's (lambda 1 of the paper).
 
 Differs: the mean runs over all tokens of the batch (as in TRL);
-reduction="seq_mean_token_mean" is the paper's mean per sequence.
+reduction="seq_mean_token_mean" is the paper's mean per sequence. A support of K
+ids keeps the mass outside as one more column where verl, NeMo-RL and ms-swift
+drop it by default; normalization="none" is verl's form without its clamp at 0,
+"renormalized" that of NeMo-RL and ms-swift.
 """
 
 import dataclasses
+from typing import Literal
 
-from opd_jax.errors import InputError
-from opd_jax.objectives import divergences, reduce
+from opd_jax.objectives import reduce
 from opd_jax.objectives.base import Needs, Request, Signals, Term, Terms
+from opd_jax.objectives.divergences import Divergence
+from opd_jax.objectives.supports import Support
 from opd_jax.types import Scores
 
 
@@ -27,18 +41,55 @@ class Config:
   """Options.
 
   Attributes:
-    beta: weight of the teacher in the mixture, in [0, 1]; 0 is forward KL, 1
-      is reverse KL.
+    divergence: what the two models are compared by: forward_kl, reverse_kl,
+      jeffreys, jsd, skew_forward_kl, skew_reverse_kl, total_variation,
+      squared_hellinger, pearson_chi_square, neyman_chi_square, le_cam or alpha.
+    beta: of "jsd", the weight of the teacher in the mixture, in [0, 1]; 0 is
+      forward KL, 1 is reverse KL.
+    alpha: of "alpha" and the skewed KLs; DistiLLM has 0.1.
+    support: the ids that are compared; the top k are per position.
+    top_k: size of a support that is not the whole vocabulary.
+    normalization: what becomes of the mass outside such a support; None is
+      "tail", which keeps it as one more id.
     reduction: see `reduce.row_scale`.
   """
 
+  divergence: str = "jsd"
   beta: float = 1.0
+  alpha: float | None = None
+  support: Literal["vocabulary", "teacher_top_k", "student_top_k", "union"] = (
+    "vocabulary"
+  )
+  top_k: int | None = None
+  normalization: (
+    Literal["tail", "renormalized", "teacher_renormalized", "none"] | None
+  ) = None
   reduction: str = "token_mean"
 
   def __post_init__(self):
-    if not 0 <= self.beta <= 1:
-      raise InputError(f"beta must be in [0, 1], got {self.beta}")
+    _support(self).check(_divergence(self))
     reduce.check(self.reduction)
+
+
+def _divergence(config: Config) -> Divergence:
+  beta = config.beta
+  if config.divergence != "jsd" and beta == Config.beta:
+    beta = None
+  return Divergence(name=config.divergence, beta=beta, alpha=config.alpha)
+
+
+def _support(config: Config) -> Support:
+  normalization = config.normalization
+  if config.support != "vocabulary" and normalization is None:
+    normalization = "tail"
+  return Support(
+    name=config.support, top_k=config.top_k, normalization=normalization
+  )
+
+
+def check_vocabulary(config: Config, vocab_size: int) -> None:
+  """Raises InputError if there are fewer ids than `top_k`."""
+  _support(config).check_vocabulary(vocab_size)
 
 
 def needs(config: Config) -> Needs:
@@ -51,8 +102,12 @@ def needs(config: Config) -> Needs:
 def terms(
   config: Config, scores: Scores, signals: Signals
 ) -> tuple[Terms, Terms]:
-  """The divergence, nats per completion token."""
-  loss = divergences.generalized_jsd(
-    scores.student.vocab_logprobs, scores.teacher.vocab_logprobs, config.beta
+  """The divergence, nats per completion token; the masses on a support."""
+  student = scores.student.vocab_logprobs
+  teacher = scores.teacher.vocab_logprobs
+  support = _support(config)
+  loss = support.divergence(_divergence(config), student, teacher)
+  return (
+    {"divergence": Term(loss, config.reduction)},
+    support.statistics(student, teacher),
   )
-  return {"divergence": Term(loss, config.reduction)}, {}

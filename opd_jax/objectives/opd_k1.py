@@ -6,7 +6,7 @@ drawn token, and sg the stop-gradient:
   A_t    = coefficient * sg(t_t - s_t)        the advantage; b_t in place of
                                               s_t with baseline="behavior"
   A_t   <- sum_k discount^k A_(t+k)           only if discount > 0
-  loss_t = -exp(s_t - sg(b_t)) * A_t
+  loss_t = -exp(s_t - sg(b_t)) * A_t          see `policy.surrogate` for clips
 
 On policy the ratio is 1 and the loss value is the k1 estimate of
 KL(student || teacher); the gradient is REINFORCE with the per-token reward
@@ -27,10 +27,10 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from opd_jax.errors import InputError
-from opd_jax.objectives import reduce
+from opd_jax.objectives import policy, reduce
 from opd_jax.objectives.base import (
   Needs,
   Request,
@@ -51,6 +51,9 @@ class Config:
     coefficient: multiplies the advantage.
     discount: weight of the next token's advantage in this one's, in [0, 1].
     max_advantage: symmetric bound of the advantage, nats; None for off.
+    clip_low: the ratio is clipped at 1 - clip_low; None for no bound.
+    clip_high: the ratio is clipped at 1 + clip_high; None for no bound.
+    dual_clip: largest ratio of a token with negative advantage; None for off.
     baseline: the log-probability the teacher's is compared with.
     reduction: see `reduce.row_scale`.
   """
@@ -58,6 +61,9 @@ class Config:
   coefficient: float = 1.0
   discount: float = 0.0
   max_advantage: float | None = None
+  clip_low: float | None = None
+  clip_high: float | None = None
+  dual_clip: float | None = None
   baseline: Literal["student", "behavior"] = "student"
   reduction: str = "token_mean"
 
@@ -70,6 +76,7 @@ class Config:
       raise InputError(
         f"max_advantage must be > 0, got {self.max_advantage}; None for off"
       )
+    policy.check_clips(self.clip_low, self.clip_high, self.dual_clip)
     reduce.check(self.reduction)
 
 
@@ -81,27 +88,6 @@ def needs(config: Config) -> Needs:
 def prepare_needs(config: Config) -> Needs:
   """The discounted sum runs over the row: the same fields, before the terms."""
   return needs(config) if config.discount > 0 else Needs()
-
-
-def discounted_sum(
-  values: Float[Array, "B T"], mask: Bool[Array, "B T"], discount: float
-) -> Float[Array, "B T"]:
-  """sum_(k >= 0) discount^k values_(t+k); masked positions count as 0.
-
-  The sum runs through masked positions: a gap costs powers of the discount.
-  """
-
-  def step(
-    following: Float[Array, " B"], value: Float[Array, " B"]
-  ) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
-    total = value + discount * following
-    return total, total
-
-  masked = jnp.where(mask, values, 0.0)
-  _, sums = jax.lax.scan(
-    step, jnp.zeros_like(masked[:, 0]), masked.T, reverse=True
-  )
-  return sums.T
 
 
 def _advantage(config: Config, scores: Scores) -> Float[Array, "B T"]:
@@ -121,7 +107,7 @@ def prepare(
   """Discounted advantages, if there is a discount."""
   if config.discount == 0:
     return Signals()
-  advantage = discounted_sum(
+  advantage = policy.discounted_sum(
     _advantage(config, scores), scores.loss_mask, config.discount
   )
   return Signals(token={"advantage": advantage})
@@ -137,10 +123,11 @@ def terms(
     advantage = _advantage(config, scores)
   if config.max_advantage is not None:
     advantage = jnp.clip(advantage, -config.max_advantage, config.max_advantage)
-  ratio = jnp.exp(
-    scores.student.logprobs - jax.lax.stop_gradient(scores.behavior_logprobs)
+  ratio = policy.ratio(scores)
+  loss = policy.surrogate(
+    ratio, advantage, config.clip_low, config.clip_high, config.dual_clip
   )
   return (
-    {"policy": Term(-ratio * advantage, config.reduction)},
+    {"policy": Term(loss, config.reduction)},
     {"advantage": Term(advantage), "ratio": Term(ratio)},
   )

@@ -15,6 +15,7 @@ def inspect(setup: Setup, step: Step) -> Section:
     setup.config.data.max_prompt_tokens,
     setup.prompts.teacher_window,
     _evaluation(setup, step),
+    same_weights=setup.config.reference == setup.config.teacher,
   )
   rows = [
     (

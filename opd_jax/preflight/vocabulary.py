@@ -4,45 +4,41 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from opd_jax import tokenizer as tokenizer_lib
-from opd_jax.models import hf
+from opd_jax.models import ModelConfig, hf
 from opd_jax.preflight.report import Finding, Section, table
 from opd_jax.setup import Setup
 from opd_jax.tokenizer import Tokenizer
 
 
 def inspect(setup: Setup) -> Section:
-  """Compares the ids of both models; reads a few rows of the student."""
-  student, teacher = setup.tokenizer, setup.teacher_tokenizer
-  masked = {
-    role: model.vocab_size - setup.vocab_size
-    for role, model in (("student", setup.student), ("teacher", setup.teacher))
-  }
+  """Compares the ids of the models; reads a few rows of the student."""
+  models = _models(setup)
+  tokenizers = [tokens for _, tokens, _ in models]
   rows = [
-    ("", "student", "teacher"),
+    ("", *(role for role, _, _ in models)),
+    ("rows of the model", *(f"{model.vocab_size:,}" for *_, model in models)),
+    ("ids of the tokenizer", *(f"{each.id_count:,}" for each in tokenizers)),
     (
-      "rows of the model",
-      f"{setup.student.vocab_size:,}",
-      f"{setup.teacher.vocab_size:,}",
+      "rows masked",
+      *(f"{model.vocab_size - setup.vocab_size:,}" for *_, model in models),
     ),
-    ("ids of the tokenizer", f"{student.id_count:,}", f"{teacher.id_count:,}"),
-    ("rows masked", f"{masked['student']:,}", f"{masked['teacher']:,}"),
     *(
-      (name, _shown(student, [ours]), _shown(teacher, [theirs]))
-      for (name, ours), (_, theirs) in zip(
-        student.special_ids, teacher.special_ids, strict=True
+      (
+        same[0][0],
+        *(
+          _shown(each, [index])
+          for each, (_, index) in zip(tokenizers, same, strict=True)
+        ),
       )
+      for same in zip(*(each.special_ids for each in tokenizers), strict=True)
     ),
-    (
-      "stop ids",
-      _shown(student, student.stop_ids),
-      _shown(teacher, teacher.stop_ids),
-    ),
+    ("stop ids", *(_shown(each, each.stop_ids) for each in tokenizers)),
   ]
   difference = setup.difference
   lines = (
     *table(rows),
     f"shared ids: {setup.vocab_size:,}; {difference.ids:,} of them differ",
-    f"a completion ends at {_shown(student, setup.stop_ids)}",
+    f"a completion ends at {_shown(setup.tokenizer, setup.stop_ids)}",
   )
   return Section(
     title="vocabulary",
@@ -50,18 +46,31 @@ def inspect(setup: Setup) -> Section:
     figures={
       "shared_ids": setup.vocab_size,
       "differing_ids": difference.ids,
-      "student_rows": setup.student.vocab_size,
-      "teacher_rows": setup.teacher.vocab_size,
-      "student_masked_rows": masked["student"],
-      "teacher_masked_rows": masked["teacher"],
-      "student_ids": student.id_count,
-      "teacher_ids": teacher.id_count,
       "stop_ids": list(setup.stop_ids),
-      "student_stop_ids": list(student.stop_ids),
-      "teacher_stop_ids": list(teacher.stop_ids),
+      **{
+        f"{role}_{name}": value
+        for role, tokens, model in models
+        for name, value in (
+          ("rows", model.vocab_size),
+          ("masked_rows", model.vocab_size - setup.vocab_size),
+          ("ids", tokens.id_count),
+          ("stop_ids", list(tokens.stop_ids)),
+        )
+      },
     },
     findings=(*_of_tokenizers(setup), *_of_stop_ids(setup)),
   )
+
+
+def _models(setup: Setup) -> list[tuple[str, Tokenizer, ModelConfig]]:
+  """Role, tokenizer and architecture of the models of a run."""
+  models = [
+    ("student", setup.tokenizer, setup.student),
+    ("teacher", setup.teacher_tokenizer, setup.teacher),
+  ]
+  if setup.reference is not None and setup.reference_tokenizer is not None:
+    models.append(("reference", setup.reference_tokenizer, setup.reference))
+  return models
 
 
 def _of_tokenizers(setup: Setup) -> Iterator[Finding]:
@@ -69,10 +78,15 @@ def _of_tokenizers(setup: Setup) -> Iterator[Finding]:
   obstacle = tokenizer_lib.explain(student, teacher, setup.difference)
   if obstacle is not None:
     yield Finding(name="tokenizers_differ", message=obstacle)
-  for role, tokens, model in (
-    ("student", student, setup.student),
-    ("teacher", teacher, setup.teacher),
-  ):
+  reference = setup.reference_tokenizer
+  if reference is not None:
+    difference = tokenizer_lib.compare(student, reference)
+    obstacle = tokenizer_lib.explain(
+      student, reference, difference, "reference"
+    )
+    if obstacle is not None:
+      yield Finding(name="tokenizers_differ", message=obstacle)
+  for role, tokens, model in _models(setup):
     if tokens.id_count > model.vocab_size:
       yield Finding(
         name="tokenizer_exceeds_model",

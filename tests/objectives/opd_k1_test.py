@@ -7,7 +7,7 @@ import pytest
 
 from opd_jax import objectives
 from opd_jax.errors import InputError
-from opd_jax.objectives.opd_k1 import discounted_sum
+from opd_jax.objectives.policy import discounted_sum
 from tests.objectives import support
 
 
@@ -119,12 +119,45 @@ def test_advantage_is_bounded():
 
 
 @pytest.mark.parametrize(
+  ("reduction", "expected"),
+  [("token_mean", 0.404946), ("seq_mean_token_mean", 0.310864)],
+)
+def test_clipped_ratio(reduction, expected):
+  objective = _create(
+    baseline="behavior", clip_low=0.2, clip_high=0.2, reduction=reduction
+  )
+  np.testing.assert_allclose(
+    support.fixture_loss(objective), expected, atol=1e-5
+  )
+
+
+def test_a_clipped_token_has_no_gradient():
+  """The ratio 1.35 of a token with a positive advantage; the others count."""
+  gradients = [
+    jax.grad(lambda z, o=objective: support.fixture_loss(o, z))(
+      support.STUDENT_LOGITS
+    )
+    for objective in (
+      _create(baseline="behavior"),
+      _create(baseline="behavior", clip_low=0.2, clip_high=0.2),
+    )
+  ]
+  np.testing.assert_array_equal(gradients[1][1, 1], np.zeros(4))
+  assert np.all(gradients[0][1, 1] != 0)
+  np.testing.assert_array_equal(gradients[0][0], gradients[1][0])
+  np.testing.assert_array_equal(gradients[0][1, 0], gradients[1][1, 0])
+
+
+@pytest.mark.parametrize(
   ("options", "named"),
   [
     ({"discount": 1.5}, "discount must be in"),
     ({"max_advantage": 0.0}, "max_advantage must be > 0"),
     ({"coefficient": float("nan")}, "coefficient must be finite"),
     ({"reduction": "mean"}, "reduction must be one of"),
+    ({"clip_low": 1.5}, "clip_low must be in .0, 1."),
+    ({"clip_high": -0.1}, "clip_high must be >= 0"),
+    ({"clip_high": 0.2, "dual_clip": 1.1}, "dual_clip must be > 1 .* = 1.2"),
     ({"baseline": "old"}, "objective.baseline must be one of"),
     ({"gamma": 0.5}, "unknown config key objective.gamma"),
   ],

@@ -31,6 +31,15 @@ MASK = jnp.array([[1, 1, 1], [1, 1, 0]], bool)
 BEHAVIOR_SHIFT = jnp.array(
   [[0.05, -0.10, 0.20], [0.0, -0.30, 0.0]], jnp.float32
 )
+# On policy: the behavior is the student.
+NO_SHIFT = jnp.zeros((2, 3), jnp.float32)
+REFERENCE_LOGITS = jnp.array(
+  [
+    [[0.8, 0.6, -0.4, 0.1], [0.1, -0.2, 1.2, 0.2], [0.1, 1.0, -0.5, 0.4]],
+    [[0.2, 0.4, 0.2, 0.4], [-0.8, 0.2, 0.9, 1.2], [0.5, 0.0, 0.3, -0.8]],
+  ],
+  jnp.float32,
+)
 
 
 def token_logprobs(logits, tokens):
@@ -74,18 +83,36 @@ def scores_of(needs, logits, tokens, mask, behavior_logprobs):
   )
 
 
-def loss_of(
-  objective, logits, tokens, mask, behavior_logprobs, state=None, step=0
-):
-  """The reduced loss of a whole batch, and the terms by name."""
-  schedule = base.Schedule(
-    step=jnp.asarray(step, jnp.int32), progress=jnp.asarray(step / 10.0)
+def schedule(step):
+  """A step of ten."""
+  return base.Schedule(
+    step=jnp.asarray(step, jnp.int32),
+    progress=jnp.asarray(step, jnp.float32) / 10.0,
+    key=jax.random.key(step),
   )
+
+
+def loss_of(
+  objective,
+  logits,
+  tokens,
+  mask,
+  behavior_logprobs,
+  state=None,
+  step=0,
+  at=None,
+):
+  """The reduced loss of a whole batch, and the terms by name.
+
+  `at` is a whole schedule, in place of that of `step`.
+  """
   before = scores_of(
     objective.prepare_needs, logits, tokens, mask, behavior_logprobs
   )
   signals = objective.prepare(
-    before, objective.init_state() if state is None else state, schedule
+    before,
+    objective.init_state() if state is None else state,
+    schedule(step) if at is None else at,
   )
   scores = scores_of(objective.needs, logits, tokens, mask, behavior_logprobs)
   terms, _ = objective.terms(scores, signals)
@@ -97,10 +124,15 @@ def loss_of(
   return sum(losses.values()), losses
 
 
-def fixture_loss(objective, student=STUDENT_LOGITS, shift=BEHAVIOR_SHIFT):
-  """The loss on the fixture as a function of the student's logits."""
+def fixture_loss(
+  objective, student=STUDENT_LOGITS, shift=BEHAVIOR_SHIFT, step=0, **others
+):
+  """The loss on the fixture as a function of the student's logits.
+
+  `others` are logits of roles that are not the teacher's.
+  """
   behavior = token_logprobs(STUDENT_LOGITS, TOKENS) + shift
-  logits = dict.fromkeys(base.ROLES, TEACHER_LOGITS)
+  logits = {**dict.fromkeys(base.ROLES, TEACHER_LOGITS), **others}
   return loss_of(
-    objective, {**logits, "student": student}, TOKENS, MASK, behavior
+    objective, {**logits, "student": student}, TOKENS, MASK, behavior, step=step
   )[0]

@@ -1,0 +1,184 @@
+"""Policy gradient inside a trust region, something milder outside (TrOPD).
+
+With s, t, b the log-probabilities of student, teacher and behavior of the
+drawn token, S the teacher's K likeliest ids, u uniform in [0, 1) for each
+token, and sg the stop-gradient:
+
+  A_t     = sg(t_t - s_t)
+  P_t     = min(exp(A_t), 1)                  how far the token is trusted
+  M_t     = [u_t < P_t]                       gate="bernoulli"
+            P_t                               gate="expected"
+            [A_t > tau]                       gate="threshold"
+  loss_t  = M_t * -exp(s_t - sg(b_t)) A_t  +  (1 - M_t) * outlier_t
+
+  outlier_t = sum_(v in S) teacher_v (log teacher_v - log student_v)
+                                              outlier="forward_kl"
+              0                               outlier="mask"
+              -exp(s_t - sg(b_t)) max(A_t, tau)    outlier="clip"
+
+The forward KL, KL(teacher || student) over S, takes both models as they are,
+not divided by their mass there; it may be negative, and nothing is clamped.
+Its gradient in a logit stays in [-1, 1], where that of the policy gradient
+grows with A.
+
+What it descends on policy, per visited prefix, with "bernoulli" or "expected"
+and "forward_kl": sum_v p_S f(p_T / p_S), f(u) = u ln(u)^2 / 2 for u <= 1 and
+u - 1 - ln(u) above, plus sg(TV(p_S, p_T)) times the forward KL. "expected" has
+the expectation of "bernoulli" and less noise; it is an addition of ours, as is
+the mixture of "clip" with these two gates.
+
+Source: Xing et al., arXiv 2606.01249, Sec. 4 and Tables 1 and 4; no training
+code is published.
+
+Differs: that the trusted part is a policy gradient, and that the mean runs over
+all tokens, the paper does not say; tau it does not report, so that it has no
+default here. Its third part, imitation of teacher-written prefixes, needs
+rollouts that begin with one, which do not exist yet: `guidance` is refused.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from opd_jax.errors import InputError
+from opd_jax.objectives import policy, reduce
+from opd_jax.objectives.base import (
+  Needs,
+  Request,
+  Schedule,
+  Signals,
+  State,
+  Term,
+  Terms,
+)
+from opd_jax.objectives.divergences import Divergence
+from opd_jax.objectives.supports import Support
+from opd_jax.types import Scores
+
+_FORWARD_KL = Divergence(name="forward_kl")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+  """Options.
+
+  Attributes:
+    gate: how the trust region is drawn.
+    outlier: the loss of tokens outside it.
+    tau: lowest advantage, nats, < 0: of the region for gate="threshold", of
+      the reward for outlier="clip"; None where neither is used.
+    top_k: ids of the forward KL, the teacher's likeliest; None for all.
+    guidance: weight of teacher-written prefixes; must be 0.
+    reduction: see `reduce.row_scale`.
+  """
+
+  gate: Literal["bernoulli", "expected", "threshold"] = "bernoulli"
+  outlier: Literal["forward_kl", "mask", "clip"] = "forward_kl"
+  tau: float | None = None
+  top_k: int | None = 64
+  guidance: float = 0.0
+  reduction: str = "token_mean"
+
+  def __post_init__(self):
+    if self.guidance != 0:
+      raise InputError(
+        f"guidance must be 0, got {self.guidance}: it is about completions "
+        "that begin with tokens of the teacher, and rollouts cannot begin with "
+        "given tokens yet"
+      )
+    used = self.gate == "threshold" or self.outlier == "clip"
+    if used and (self.tau is None or not -float("inf") < self.tau < 0):
+      raise InputError(
+        'gate="threshold" and outlier="clip" need tau, the lowest advantage '
+        f"in nats, < 0 and finite, got {self.tau}; the paper reports none, -1 "
+        "and -2 are common"
+      )
+    if self.tau is not None and not used:
+      raise InputError(
+        f"tau = {self.tau} has no meaning with gate={self.gate!r} and "
+        f'outlier={self.outlier!r}; leave it out, or set gate to "threshold" '
+        'or outlier to "clip"'
+      )
+    _support(self)
+    reduce.check(self.reduction)
+
+
+def _tau(config: Config) -> float:
+  """The lowest advantage; parsing has made sure of it where it is used."""
+  return -float("inf") if config.tau is None else config.tau
+
+
+def _support(config: Config) -> Support:
+  if config.top_k is None:
+    return Support()
+  return Support(name="teacher_top_k", top_k=config.top_k, normalization="none")
+
+
+def check_vocabulary(config: Config, vocab_size: int) -> None:
+  """Raises InputError if there are fewer ids than `top_k`."""
+  if config.outlier == "forward_kl":
+    _support(config).check_vocabulary(vocab_size)
+
+
+def needs(config: Config) -> Needs:
+  """Drawn tokens of both models; whole distributions for the forward KL."""
+  both = Request(logprobs=True, vocab_logprobs=config.outlier == "forward_kl")
+  return Needs(student=both, teacher=both)
+
+
+def prepare(
+  config: Config, scores: Scores, state: State, schedule: Schedule
+) -> Signals:
+  """The uniform of each token, for the coin of gate="bernoulli"."""
+  if config.gate != "bernoulli":
+    return Signals()
+  behavior = scores.behavior_logprobs
+  drawn = jax.random.uniform(schedule.key, behavior.shape, behavior.dtype)
+  return Signals(token={"uniform": drawn})
+
+
+def _outlier(
+  config: Config,
+  scores: Scores,
+  ratio: Float[Array, "B T"],
+  advantage: Float[Array, "B T"],
+) -> Float[Array, "B T"]:
+  if config.outlier == "mask":
+    return jnp.zeros_like(advantage)
+  if config.outlier == "clip":
+    return policy.surrogate(ratio, jnp.maximum(advantage, _tau(config)))
+  return _support(config).divergence(
+    _FORWARD_KL, scores.student.vocab_logprobs, scores.teacher.vocab_logprobs
+  )
+
+
+def terms(
+  config: Config, scores: Scores, signals: Signals
+) -> tuple[Terms, Terms]:
+  """The two sides of the gate, nats per completion token."""
+  advantage = policy.gap(scores)
+  ratio = policy.ratio(scores)
+  trust = jnp.exp(jnp.minimum(advantage, 0.0))
+  inside = trust
+  if config.gate == "bernoulli":
+    inside = (signals.token["uniform"] < trust).astype(trust.dtype)
+  elif config.gate == "threshold":
+    inside = (advantage > _tau(config)).astype(trust.dtype)
+  outlier = _outlier(config, scores, ratio, advantage)
+  return (
+    {
+      "policy": Term(
+        inside * policy.surrogate(ratio, advantage), config.reduction
+      ),
+      "outlier": Term((1 - inside) * outlier, config.reduction),
+    },
+    {
+      "advantage": Term(advantage),
+      "ratio": Term(ratio),
+      "trust": Term(trust),
+      "inside": Term(inside),
+    },
+  )
