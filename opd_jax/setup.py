@@ -94,21 +94,30 @@ def prepare(config: RunConfig) -> Setup:
     *(model.vocab_size for model in models.values()),
     student_tokenizer.id_count,
   )
-  objective.check_vocabulary(vocab_size)
   stop_ids = config.sampling.stop_ids
   if stop_ids is None:
     stop_ids = student_tokenizer.stop_ids
-  sampling.check(config.sampling, stop_ids, config.batch.rollouts, vocab_size)
+  try:
+    objective.check_vocabulary(vocab_size)
+    sampling.check(config.sampling, stop_ids, config.batch.rollouts, vocab_size)
+    prompts = Prompts(
+      config.data,
+      student_tokenizer,
+      teacher_tokenizer,
+      seed=config.seed,
+      batch_size=config.batch.prompts,
+      vocab_size=vocab_size,
+      teacher_vocab_size=models["teacher"].vocab_size,
+    )
+  except InputError as error:
+    # An id too large may only be a sign of two tokenizer families.
+    obstacle = tokenizer.explain(
+      student_tokenizer, teacher_tokenizer, difference
+    )
+    if obstacle is None or "tokenizers_differ" in config.preflight.allow:
+      raise
+    raise InputError(obstacle) from error
   _check_sampling(config, objective)
-  prompts = Prompts(
-    config.data,
-    student_tokenizer,
-    teacher_tokenizer,
-    seed=config.seed,
-    batch_size=config.batch.prompts,
-    vocab_size=vocab_size,
-    teacher_vocab_size=models["teacher"].vocab_size,
-  )
   _check_windows(config, models, prompts)
   problems = evaluate.of_run(
     config.eval, config.sampling, student_tokenizer, models["student"]

@@ -229,6 +229,15 @@ def other_tokenizer(run):
   return ["differ in 2 of 32 ids", "3: 'a' / 'b', 4: 'b' / 'a'", "choose"]
 
 
+def smaller_tokenizer(run):
+  """The student's stop id 5 has no row in it, which is not what is wrong."""
+  shutil.rmtree(run / "teacher")
+  (run / "teacher").mkdir()
+  pair.write_model(run / "teacher", layers=3, seed=1, vocab_size=4)
+  pair.write_tokenizer(run / "teacher", "b")
+  return ["differ in 1 of 4 ids", "3: 'a' / 'b'", "choose a teacher"]
+
+
 def no_tokenizer(run):
   (run / "student" / "tokenizer.json").unlink()
   return ["no tokenizer", "tokenizer.json", "copy"]
@@ -288,6 +297,7 @@ def workdir_is_a_file(run):
     cut_file,
     pickles_only,
     other_tokenizer,
+    smaller_tokenizer,
     no_tokenizer,
     rope_type,
     hidden_act,

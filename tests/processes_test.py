@@ -98,7 +98,15 @@ def test_two_processes_stop_together_resume_and_equal_one(
   """On the second mesh, every process has the rows of the other."""
   folder = pair.write_pair(tmp_path)
   values = pair.config_of(
-    folder, steps=STEPS, held_out={}, checkpoint={"every": 100}
+    folder,
+    steps=STEPS,
+    held_out={},
+    checkpoint={"every": 100, "keep_best": False},
+    eval={
+      "source": {"path": str(folder / "held_out.jsonl"), "answer": "{text}"},
+      "samples": 2,
+      "verifier": "exact",
+    },
   )
   (folder / "config.json").write_text(json.dumps(values))
   (folder / "config.py").write_text(CONFIG)
@@ -133,3 +141,17 @@ def test_two_processes_stop_together_resume_and_equal_one(
   ]
   for name, expected in weights[0].items():
     np.testing.assert_allclose(weights[1][name], expected, atol=1e-4)
+
+  measured = [
+    json.loads((run / "summary.json").read_text())["after"]
+    for run in (one, two)
+  ]
+  assert measured[0].keys() == measured[1].keys()
+  assert measured[1]["eval/length_mean"] > 0
+
+  # A finished run may be run again: it writes its export anew.
+  results = _finish(_start(folder, workdir, "mesh.fsdp=1", "mesh.tensor=4"))
+  assert [result[0] for result in results] == [0, 0], results
+  again = load_file(workdir / "export" / "model.safetensors")
+  for name, expected in weights[1].items():
+    np.testing.assert_array_equal(again[name], expected)
