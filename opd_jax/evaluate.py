@@ -65,7 +65,8 @@ def prepare(
 ) -> Problems:
   """Reads and checks all that an evaluation needs, on the host.
 
-  The verifier is tried on an empty completion of every problem.
+  The verifier is tried on two completions of every problem: nothing, and the
+  answer itself.
 
   Args:
     config: what to evaluate on; its source is set.
@@ -89,9 +90,11 @@ def prepare(
       templates.prompt(template or source.prompt, row, tokenizer, where)
     )
     answers.append(templates.fill(source.answer, row, where))
-    verifier.score("", answers[-1], where)
-    if verifier.vote is not None:
-      verifier.vote_of("", where)
+    # What fails here would otherwise fail after hours of training.
+    for text in ("", answers[-1]):
+      verifier.score(text, answers[-1], where)
+      if verifier.vote is not None:
+        verifier.vote_of(text, where)
   if not prompts:
     raise InputError(
       f"{source.path} has no rows to evaluate on; name another source or split"
