@@ -150,6 +150,7 @@ class SftConfig:
     mesh: how many devices each parallel axis has.
     held_out: the loss on held-out texts.
     eval: the accuracy of sampled answers.
+    preflight: what is looked at before the run.
     checkpoint: what is saved.
     log: what is told.
     steps: updates to make.
@@ -163,6 +164,7 @@ class SftConfig:
   mesh: MeshConfig = MeshConfig()
   held_out: HeldOutConfig = HeldOutConfig()
   eval: EvalConfig = EvalConfig()
+  preflight: PreflightConfig = PreflightConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
   log: LogConfig = LogConfig()
   steps: int
