@@ -1,6 +1,7 @@
 """GSM8K prompts of the Qwen2.5 chat template, from files and a dataset."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -13,40 +14,24 @@ from opd_jax import tokenizer
 from opd_jax.config import DataConfig, SourceConfig, TemplateConfig
 from opd_jax.data import tfds
 from opd_jax.data.prompts import Prompts
+from tests import pair
 from tests.conftest import REPO
 
 CHAT = TemplateConfig(text="{question}", chat=True, system="Think first.")
 
-# What training imports, and prompts read of every kind of source.
+TEMPLATE = (
+  "{% for m in messages %}{{ m.content }}"
+  "{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}"
+)
+
+# A whole run: prompts, sampling, scoring, update, checkpoint, export, records.
 SCRIPT = """
 import json, sys
-import opd_jax.train
-from opd_jax.metrics import Writer
-from opd_jax import tokenizer
-from opd_jax.config import DataConfig, SourceConfig, TemplateConfig
-from opd_jax.data.prompts import Prompts
+from opd_jax.config import RunConfig
+from opd_jax.parsing import parse
+from opd_jax.train import train
 
-paths, dataset, folder = json.loads(sys.argv[1])
-chat = TemplateConfig(text="{question}", chat=True)
-sources = {
-  path: SourceConfig(
-    path=path, prompt=chat, rows=3, **(dataset if "tfds" in path else {})
-  )
-  for path in paths
-}
-qwen = tokenizer.load(folder)
-prompts = Prompts(
-  DataConfig(sources=sources),
-  qwen,
-  seed=0,
-  batch_size=2,
-  vocab_size=qwen.id_count,
-)
-next(prompts)
-writer = Writer(sys.argv[2])
-writer.metrics(1, {"train/loss": 0.5})
-writer.close()
-assert prompts.report.kept == 9
+train(parse(RunConfig, json.loads(sys.argv[1])), sys.argv[2])
 print([name for name in ("tensorflow", "torch") if name in sys.modules])
 """
 
@@ -110,24 +95,39 @@ def test_every_kind_of_source_gives_the_same_prompts(sources, shared_data):
   assert list(first.examples(1)[0].student.ids) == theirs
 
 
-def test_training_imports_neither_tensorflow_nor_torch(
-  sources, shared_data, tmp_path
-):
-  """In a process of its own, where torch may be installed."""
-  paths = [source.path for source in sources.values()]
-  folder = str(shared_data / "tokenizers" / "qwen2.5")
-  dataset = {"split": "test", "options": sources["tfds"].options}
+def test_training_imports_neither_tensorflow_nor_torch(sources, tmp_path):
+  """A run of one step on every kind of source, in a process of its own."""
+  folder = pair.write_pair(tmp_path)
+  for role in ("student", "teacher"):
+    file = folder / role / "tokenizer_config.json"
+    values = {**json.loads(file.read_text()), "chat_template": TEMPLATE}
+    file.write_text(json.dumps(values))
+  values = pair.config_of(
+    folder,
+    data={
+      "sources": {
+        kind: {
+          "path": source.path,
+          "split": source.split,
+          "options": dict(source.options),
+          "rows": 3,
+          "prompt": {"text": "{question}", "chat": True},
+        }
+        for kind, source in sources.items()
+      },
+      "max_prompt_tokens": 40,
+    },
+    steps=1,
+  )
+  workdir = tmp_path / "run"
   result = subprocess.run(
-    [
-      sys.executable,
-      "-c",
-      SCRIPT,
-      json.dumps([paths, dataset, folder]),
-      str(tmp_path),
-    ],
+    [sys.executable, "-c", SCRIPT, json.dumps(values), str(workdir)],
     capture_output=True,
     text=True,
     cwd=REPO,
+    # One device.
+    env={**os.environ, "XLA_FLAGS": ""},
   )
   assert result.returncode == 0, result.stderr
-  assert result.stdout == "[]\n"
+  assert (workdir / "export" / "model.safetensors").is_file()
+  assert result.stdout.splitlines()[-1] == "[]"
