@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from opd_jax import evaluate, flops, loop, optim, tokenizer
+from opd_jax import evaluate, flops, loop, optim, preflight, tokenizer
 from opd_jax.config import SamplingConfig, SftConfig
 from opd_jax.data.packing import PackedBatch, PackedExamples
 from opd_jax.errors import InputError
@@ -56,6 +56,7 @@ class SftSetup:
     examples: endless batches of packed rows.
     held_out: texts of the held-out loss, if there are any.
     problems: of the evaluation, if there is one.
+    report: whether rows of these two are learned.
   """
 
   config: SftConfig
@@ -65,6 +66,7 @@ class SftSetup:
   examples: PackedExamples
   held_out: HeldOut | None
   problems: Problems | None
+  report: preflight.Report
 
 
 def prepare(config: SftConfig) -> SftSetup:
@@ -102,6 +104,7 @@ def prepare(config: SftConfig) -> SftSetup:
     examples=examples,
     held_out=read_held_out(config.held_out, student, tokens),
     problems=evaluate.of_run(config.eval, SamplingConfig(), tokens, student),
+    report=preflight.inspect_rows(config),
   )
 
 
@@ -201,6 +204,7 @@ def sft(config: SftConfig, workdir: str | Path) -> Summary:
   """
   began = time.monotonic()
   setup = prepare(config)
+  setup.report.enforce()
   step = make_step(setup)
   student = step.scorer.student
   measurements: list[Measurement] = []
@@ -268,6 +272,8 @@ class FineTuning:
       f" {100 * report.used:.1f} % of them used"
     )
     yield loop.devices(self.student)
+    for line in self._setup.report.brief():
+      yield f"preflight: {line}"
 
   def abstract_state(self) -> TrainState:
     """Shapes and places of the state."""

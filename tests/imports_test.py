@@ -69,7 +69,7 @@ ALLOWED = {
   "memory": CORE,
   "preflight": CORE | {"setup", "memory"},
   "train": RUN | {"setup", "preflight"},
-  "sft": RUN | {"setup"},
+  "sft": RUN | {"setup", "preflight"},
   "saved": RUN | {"sft"},
   "run_export": RUN | {"saved"},
   #

@@ -411,6 +411,38 @@ def test_an_example_beyond_the_window_is_refused(folder, tmp_path):
     sft.prepare(_config(folder, data={"sources": sources}, **changes))
 
 
+def test_learned_evaluation_rows_stop_a_run(folder, tmp_path, capfd):
+  """Before it begins; and it goes on where they are allowed."""
+  source = {
+    "path": str(folder / "examples.jsonl"),
+    "rows": 2,
+    "prompt": {"text": "Q: {question}"},
+  }
+  changes = {
+    "eval": {
+      "source": source,
+      "verifier": "exact",
+      "samples": 1,
+      "sampling": {"max_new_tokens": 2},
+    },
+    "held_out": {},
+    "steps": 1,
+  }
+  with pytest.raises(
+    InputError,
+    match=r"eval_rows_in_training: 2 of 2 rows of eval\.source.*"
+    r"examples\.jsonl, line 1.*preflight\.allow",
+  ):
+    sft.sft(_config(folder, **changes), tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+  allow = {"allow": ("eval_rows_in_training",)}
+  config = _config(folder, **changes, preflight=allow)
+  assert sft.sft(config, tmp_path / "run").finished
+  assert (
+    "error eval_rows_in_training (allowed): 2 of 2" in capfd.readouterr()[1]
+  )
+
+
 def test_the_mesh_must_divide_the_rows(folder):
   setup = sft.prepare(_config(folder))
   mesh = make_mesh({"fsdp": 4}, jax.devices()[:4])

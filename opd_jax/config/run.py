@@ -154,6 +154,7 @@ class SftConfig:
     mesh: how many devices each parallel axis has.
     held_out: the loss on held-out texts.
     eval: the accuracy of sampled answers.
+    preflight: what is looked at before the run.
     checkpoint: what is saved.
     log: what is told.
     steps: updates to make.
@@ -167,6 +168,7 @@ class SftConfig:
   mesh: MeshConfig = MeshConfig()
   held_out: HeldOutConfig = HeldOutConfig()
   eval: EvalConfig = EvalConfig()
+  preflight: PreflightConfig = PreflightConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
   log: LogConfig = LogConfig()
   steps: int

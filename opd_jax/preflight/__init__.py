@@ -4,12 +4,13 @@
 templates, data, memory. It runs on the host; `probe` alone loads the student.
 """
 
+from opd_jax.config import SftConfig
 from opd_jax.preflight import data, device, probe, templates, vocabulary
 from opd_jax.preflight.report import KINDS, Finding, Report, Section
 from opd_jax.setup import Setup
 from opd_jax.step import Step
 
-__all__ = ["KINDS", "Finding", "Report", "Section", "inspect"]
+__all__ = ["KINDS", "Finding", "Report", "Section", "inspect", "inspect_rows"]
 
 
 def inspect(setup: Setup, step: Step, *, with_probe: bool = False) -> Report:
@@ -33,3 +34,15 @@ def inspect(setup: Setup, step: Step, *, with_probe: bool = False) -> Report:
   if with_probe:
     sections.append(probe.inspect(setup, step))
   return Report(sections=tuple(sections), allow=setup.config.preflight.allow)
+
+
+def inspect_rows(config: SftConfig) -> Report:
+  """Looks at the rows of a fine-tuning alone.
+
+  Raises:
+    InputError: `preflight.allow` names no finding, or a template that does not
+      fit its row.
+  """
+  return Report(
+    sections=(data.inspect_rows(config),), allow=config.preflight.allow
+  )

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from opd_jax import templates
-from opd_jax.config import RunConfig, SourceConfig
+from opd_jax.config import RunConfig, SftConfig, SourceConfig
 from opd_jax.data import sources
-from opd_jax.data.files import read_jsonl
+from opd_jax.data.files import Row, read_jsonl
 from opd_jax.data.prompts import PromptReport
 from opd_jax.preflight.report import Finding, Section, table
 from opd_jax.setup import Setup
@@ -33,27 +33,36 @@ def inspect(setup: Setup) -> Section:
   ]
   if len(weights) == 1:
     rows.pop()
-  found = overlaps(config)
-  lines = (
-    *table(rows),
-    f"lengths in ids; data.max_prompt_tokens = "
-    f"{config.data.max_prompt_tokens}, data.overlong = "
-    f"{config.data.overlong!r}",
-    *(
-      f"{overlap.key}: {overlap.count:,} of {overlap.rows:,} rows are in the "
-      "training data too"
-      for overlap in found
+  found = inspect_rows(config)
+  return dataclasses.replace(
+    found,
+    lines=(
+      *table(rows),
+      f"lengths in ids; data.max_prompt_tokens = "
+      f"{config.data.max_prompt_tokens}, data.overlong = "
+      f"{config.data.overlong!r}",
+      *found.lines,
     ),
-  )
-  return Section(
-    title="data",
-    lines=lines,
     figures={
       "sources": {
         name: dataclasses.asdict(report) for name, report in reports.items()
       },
-      "overlaps": {overlap.key: overlap.count for overlap in found},
+      **found.figures,
     },
+  )
+
+
+def inspect_rows(config: RunConfig | SftConfig) -> Section:
+  """Looks for evaluation rows among those that are trained on."""
+  found = overlaps(config)
+  return Section(
+    title="data",
+    lines=tuple(
+      f"{overlap.key}: {overlap.count:,} of {overlap.rows:,} rows are in the "
+      "training data too"
+      for overlap in found
+    ),
+    figures={"overlaps": {overlap.key: overlap.count for overlap in found}},
     findings=tuple(_leak(overlap) for overlap in found if overlap.count),
   )
 
@@ -83,11 +92,14 @@ class Overlap:
   trained: str = ""
 
 
-def overlaps(config: RunConfig) -> list[Overlap]:
+def overlaps(config: RunConfig | SftConfig) -> list[Overlap]:
   """Compares each evaluation of a run with its training data.
 
   Two rows are the same if their texts are, or the fields their templates name,
-  whatever the case of letters and the white space.
+  whatever the case of letters and the white space. Messages are compared as a
+  whole and by what the user says: all of it, and in the training data each of
+  the user's messages too. A row of a fine-tuning is its prompt, its completion,
+  and both together.
   """
   found = []
   for key, rows in _evaluations(config).items():
@@ -97,7 +109,7 @@ def overlaps(config: RunConfig) -> list[Overlap]:
         seen.setdefault(text, index)
     # The first place in the training data of each row of the evaluation.
     places: dict[int, str] = {}
-    for where, keys in _training(config.data.sources):
+    for where, keys in _training(config):
       for text in keys:
         if text in seen:
           places.setdefault(seen[text], where)
@@ -127,16 +139,25 @@ def _leak(overlap: Overlap) -> Finding:
 Keyed = tuple[str, tuple[str, ...]]
 
 
-def _training(sources_of: Mapping[str, SourceConfig]) -> Iterator[Keyed]:
+def _training(config: RunConfig | SftConfig) -> Iterator[Keyed]:
   """Where each row is, and its texts for comparison."""
-  for source in sources_of.values():
-    yield from _rows(source)
+  learned = isinstance(config, SftConfig)
+  for source in config.data.sources.values():
+    for where, row in _rows(source):
+      keys = _prompt_keys(source, row, where, each=True)
+      if learned:
+        keys += _learned_keys(source, row, where)
+      yield where, keys
 
 
-def _evaluations(config: RunConfig) -> dict[str, list[Keyed]]:
+def _evaluations(config: RunConfig | SftConfig) -> dict[str, list[Keyed]]:
   found: dict[str, list[Keyed]] = {}
   if config.eval.source is not None:
-    found["eval.source"] = list(_rows(config.eval.source))
+    source = config.eval.source
+    found["eval.source"] = [
+      (where, _prompt_keys(source, row, where, each=False))
+      for where, row in _rows(source)
+    ]
   held_out = config.held_out
   if held_out.path is not None:
     rows = read_jsonl(held_out.path)[: held_out.rows]
@@ -147,16 +168,43 @@ def _evaluations(config: RunConfig) -> dict[str, list[Keyed]]:
   return found
 
 
-def _rows(source: SourceConfig) -> Iterator[Keyed]:
-  config = source.prompt
+def _rows(source: SourceConfig) -> Iterator[tuple[str, Row]]:
   for index, row in enumerate(sources.read(source)):
-    where = sources.where(source, index)
-    if config.messages is not None:
-      # `templates.prompt` has refused rows whose messages are none.
-      text = "\n".join(part["content"] for part in row[config.messages])
-      yield where, (_normalised(text),)
-    else:
-      yield where, _keys(config.text, row, where)
+    yield sources.where(source, index), row
+
+
+def _prompt_keys(
+  source: SourceConfig, row: Row, where: str, *, each: bool
+) -> tuple[str, ...]:
+  """Texts of a prompt; `each`: of every message of the user too."""
+  config = source.prompt
+  if config.messages is None:
+    return _keys(config.text, row, where)
+  # `templates.prompt` has refused rows whose messages are none.
+  messages = row[config.messages]
+  said = [part["content"] for part in messages if part["role"] == "user"]
+  texts = [_all_messages(source, row), "\n".join(said)]
+  if each:
+    texts += said
+  # Without a text, as where the user says nothing, all rows were alike.
+  return tuple(filter(None, dict.fromkeys(map(_normalised, texts))))
+
+
+def _learned_keys(
+  source: SourceConfig, row: Row, where: str
+) -> tuple[str, ...]:
+  """Texts of a completion, alone and behind its prompt."""
+  alone = _keys(source.completion, row, where)
+  if source.prompt.messages is None:
+    return alone + _keys(source.prompt.text + source.completion, row, where)
+  completion = templates.fill(source.completion, row, where)
+  whole = f"{_all_messages(source, row)}\n{completion}"
+  return (*alone, _normalised(whole))
+
+
+def _all_messages(source: SourceConfig, row: Row) -> str:
+  parts = row[source.prompt.messages or ""]
+  return "\n".join(part["content"] for part in parts)
 
 
 def _keys(template: str, row: Mapping[str, Any], where: str) -> tuple[str, ...]:
