@@ -94,11 +94,14 @@ class Verifier:
       InputError: the function raised, or gave something that has no hash.
     """
     vote = self._call(self.vote, (completion,), where)
-    if not isinstance(vote, Hashable):
+    try:
+      # A tuple is of a hashable kind, whatever it holds.
+      hash(vote)
+    except TypeError as error:
       raise InputError(
         f"{where}: `vote` of verifier {self.name!r} must give something "
-        f"hashable, such as a text, got {vote!r:.80}"
-      )
+        f"hashable, such as a text, got {vote!r:.80} ({error})"
+      ) from error
     return vote
 
   def _call(self, function: Any, arguments: tuple[str, ...], where: str) -> Any:
@@ -106,7 +109,7 @@ class Verifier:
       return function(*arguments)
     except InputError as error:
       raise InputError(f"{where}: {error}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
       frame = traceback.extract_tb(error.__traceback__)[-1]
       shown = " and the answer ".join(f"{text!r:.80}" for text in arguments)
       raise InputError(
@@ -217,7 +220,7 @@ def load(name: str) -> Verifier:
     sys.path.insert(0, here)
   try:
     module = importlib.import_module(module_name)
-  except Exception as error:
+  except (Exception, SystemExit) as error:
     raise InputError(
       f"verifier {name!r}: module {module_name!r} cannot be imported "
       f"({type(error).__name__}: {error}); it is looked for in {here} and on "

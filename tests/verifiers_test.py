@@ -150,9 +150,15 @@ def own(tmp_path, monkeypatch):
     "def listed(completion, answer):\n"
     "  return completion == answer\n"
     "listed.vote = list\n"
+    "def paired(completion, answer):\n"
+    "  return completion == answer\n"
+    "paired.vote = lambda completion: (1, [completion])\n"
+    "def leaves(completion, answer):\n"
+    "  raise SystemExit(f'no {answer}')\n"
     "LIMIT = 3\n"
   )
   (tmp_path / "broken_verifier.py").write_text("import nowhere_to_be_found\n")
+  (tmp_path / "leaving_verifier.py").write_text("import sys\nsys.exit(3)\n")
   monkeypatch.chdir(tmp_path)
   monkeypatch.setattr(sys, "path", [*sys.path])
   yield
@@ -175,6 +181,7 @@ def test_a_function_of_the_current_folder(own):
     ("nothing", "", ["got nan"]),
     ("starts", "", ["row 7", "IndexError", "line 5", "the empty one"]),
     ("single", "", ["TypeError", "2 were given"]),
+    ("leaves", "", ["row 7", "raised SystemExit: no x"]),
   ],
 )
 def test_what_a_function_does_wrong(own, name, completion, parts):
@@ -184,9 +191,10 @@ def test_what_a_function_does_wrong(own, name, completion, parts):
   assert all(part in str(raised.value) for part in parts), raised.value
 
 
-def test_a_vote_must_be_hashable(own):
+@pytest.mark.parametrize("name", ["listed", "paired"])
+def test_a_vote_must_be_hashable(own, name):
   with pytest.raises(InputError, match=r"row 7: `vote`.*hashable.*\['a'\]"):
-    verifiers.load("own_verifiers:listed").vote_of("a", "row 7")
+    verifiers.load(f"own_verifiers:{name}").vote_of("a", "row 7")
 
 
 @pytest.mark.parametrize(
@@ -199,6 +207,7 @@ def test_a_vote_must_be_hashable(own):
       "no_such_module:f",
       ["'no_such_module' cannot be imported", "without .py"],
     ),
+    ("leaving_verifier:f", ["cannot be imported (SystemExit: 3)"]),
     ("broken_verifier:f", ["ModuleNotFoundError", "nowhere_to_be_found"]),
     ("own_verifiers:lenght", ["no function 'lenght'", "length, listed"]),
     ("own_verifiers:LIMIT", ["no function 'LIMIT'"]),
