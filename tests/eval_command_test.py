@@ -1,14 +1,19 @@
 """`opd-jax eval`, and `opd-jax generate` on a whole source."""
 
+import datetime
+import decimal
 import json
 import shutil
 import sys
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
 
 from opd_jax import cli
+from opd_jax.cli import generate
 from opd_jax.models import hf
 from tests import pair
 
@@ -38,6 +43,11 @@ def home(tmp_path_factory):
     for index, letter in enumerate("abcdef")
   ]
   (home / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+  (home / "odd.jsonl").write_text(
+    '{"q": "a", "note": "b"}\n{"q": "a", "note": "\\ud800"}\n'
+  )
+  odd = pa.table({"q": ["a"], "note": pa.array([b"\xff"], pa.binary())})
+  pq.write_table(odd, home / "odd.parquet")
   (home / "letter_verifier.py").write_text(VERIFIER)
   (home / "config.py").write_text(CONFIG)
   values = pair.config_of(
@@ -157,6 +167,7 @@ def test_a_run_of_sft_too(home, tmp_path, capfd):
       "verifier": "letter_verifier:letters",
       "sampling": {"max_new_tokens": 5},
     },
+    "preflight": {"allow": ["eval_rows_in_training"]},
     "steps": 2,
   }
   file, run = tmp_path / "sft.json", tmp_path / "run"
@@ -230,6 +241,33 @@ def test_generate_writes_a_row_per_completion(run, tmp_path, capfd):
   stopped = [json.loads(line) for line in out.read_text().splitlines()]
   assert stopped == [row for row in rows if row["stopped"]]
   assert [file.name for file in out.parent.iterdir()] == ["out.jsonl"]
+
+
+def test_rows_with_dates_and_decimals(tmp_path):
+  """Text in the template, for the verifier, and in what is written."""
+  day, price = datetime.date(2024, 2, 29), decimal.Decimal("12.50")
+  table = pa.Table.from_pylist([{"q": "a", "answer": price, "day": day}])
+  pq.write_table(table, tmp_path / "rows.parquet")
+  out = tmp_path / "out.jsonl"
+  data = [f"--data={tmp_path}/rows.parquet", "--max_new_tokens=2"]
+  flags = [*data, "--prompt={q} {day}", f"--out={out}"]
+  assert cli.main(["generate", "--model=student", *flags]) == 0
+  (row,) = map(json.loads, out.read_text().splitlines())
+  assert (row["prompt"], row["answer"], row["day"]) == (
+    *("a 2024-02-29", "12.50", "2024-02-29"),
+  )
+  flags = ["--model=student", *data, "--prompt={q}", "--verifier=number"]
+  assert evaluated(tmp_path, *flags)["rows"][0]["answer"] == "12.50"
+
+
+def test_no_half_of_a_file_is_left(tmp_path):
+  def rows():
+    yield {"a": 1}
+    raise FloatingPointError
+
+  with pytest.raises(FloatingPointError):
+    generate._write_rows(str(tmp_path / "out.jsonl"), rows())
+  assert not list(tmp_path.iterdir())
 
 
 BAD = {
@@ -324,6 +362,14 @@ def refused(arguments, parts, capfd, monkeypatch):
     (
       ["--data=questions.jsonl", "--out=o", "--prompt={query}"],
       ["no field 'query'"],
+    ),
+    (
+      ["--data=odd.jsonl", "--out=o", "--prompt={q}"],
+      ["odd.jsonl, line 2", "field 'note' cannot be written", "surrogates"],
+    ),
+    (
+      ["--data=odd.parquet", "--out=o", "--prompt={q}"],
+      ["odd.parquet, row 1", "field 'note'", "bytes", "leave the field out"],
     ),
     (["--prompt=x", "--batch=0"], ["--batch must be >= 1, got 0"]),
   ],

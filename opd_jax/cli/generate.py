@@ -122,11 +122,26 @@ def _rows(values: Any, tokenizer: Any) -> tuple[list[Any], ...]:
   source = drawing.source(values, None, template)
   rows = sources.read(source)
   names = [sources.where(source, index) for index in range(len(rows))]
+  for row, name in zip(rows, names, strict=True):
+    _check_fields(row, name)
   prompts = [
     templates.prompt(source.prompt, row, tokenizer, name)
     for row, name in zip(rows, names, strict=True)
   ]
   return rows, prompts, [f"the prompt of {name}" for name in names]
+
+
+def _check_fields(row: Mapping[str, Any], where: str) -> None:
+  """Raises InputError unless a row can be written as a line."""
+  for field, value in row.items():
+    try:
+      json.dumps(value, ensure_ascii=False).encode()
+    except (TypeError, ValueError) as error:
+      raise InputError(
+        f"{where}: field {field!r} cannot be written to --out as JSON "
+        f"({error}), got {value!r:.80}; make it valid text, or leave the field "
+        "out of the data"
+      ) from error
 
 
 def _completed(
@@ -150,9 +165,12 @@ def _write_rows(path: str, rows: Iterator[Mapping[str, Any]]) -> None:
   Path(path).parent.mkdir(parents=True, exist_ok=True)
   partial = Path(f"{path}.partial")
   count = 0
-  with partial.open("w", encoding="utf-8") as file:
-    for row in rows:
-      file.write(json.dumps(row, ensure_ascii=False) + "\n")
-      count += 1
-  partial.replace(path)
+  try:
+    with partial.open("w", encoding="utf-8") as file:
+      for row in rows:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        count += 1
+    partial.replace(path)
+  finally:
+    partial.unlink(missing_ok=True)
   print(f"wrote {count} completions to {path}")

@@ -1,5 +1,7 @@
 """Rows of JSONL and Parquet files."""
 
+import datetime
+import decimal
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +10,10 @@ from typing import Any
 from opd_jax.errors import InputError
 
 Row = dict[str, Any]
+
+# What JSON has no form for.
+_TIMES = datetime.date | datetime.time
+_OTHERS = datetime.timedelta | decimal.Decimal
 
 
 def read_jsonl(path: str | Path) -> list[Row]:
@@ -48,7 +54,8 @@ def read_jsonl(path: str | Path) -> list[Row]:
 def read_parquet(path: str | Path) -> list[Row]:
   """Rows of a Parquet file, its columns as fields.
 
-  Lists and structs become lists and dicts, binary columns text.
+  Lists and structs become lists and dicts, binary columns, dates, times and
+  decimals text.
 
   Raises:
     InputError: no file, one that is no Parquet file, or no rows.
@@ -75,13 +82,18 @@ def plain(value: Any) -> Any:
   """A value as text, numbers, lists and dicts.
 
   Bytes become text where they are UTF-8, numpy's arrays and scalars lists and
-  numbers. All else stays as it is.
+  numbers, dates and times their ISO 8601 text, decimals and durations their
+  usual text ("12.50", "1:30:00"). All else stays as it is.
   """
   if isinstance(value, bytes):
     try:
       return value.decode()
     except UnicodeDecodeError:
       return value
+  if isinstance(value, _TIMES):
+    return value.isoformat()
+  if isinstance(value, _OTHERS):
+    return str(value)
   if isinstance(value, Mapping):
     return {key: plain(item) for key, item in value.items()}
   if isinstance(value, list | tuple):

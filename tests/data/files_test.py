@@ -1,5 +1,7 @@
 """JSONL and Parquet files as rows."""
 
+import datetime
+import decimal
 import json
 
 import numpy as np
@@ -60,6 +62,32 @@ def test_parquet_binary_columns_are_text(tmp_path):
   table = pa.table({"t": pa.array(["é".encode(), None, b"\xff"], pa.binary())})
   pq.write_table(table, path)
   assert files.read_parquet(path) == [{"t": "é"}, {"t": None}, {"t": b"\xff"}]
+
+
+def test_parquet_dates_times_and_decimals_are_text(tmp_path):
+  """So that they are of use in templates, and can be written as JSON."""
+  row = {
+    "day": datetime.date(2024, 2, 29),
+    "at": datetime.datetime(2024, 2, 29, 12, 30),
+    "zone": datetime.datetime(2024, 2, 29, 12, 30, tzinfo=datetime.UTC),
+    "time": datetime.time(12, 30),
+    "span": datetime.timedelta(minutes=90),
+    "price": decimal.Decimal("12.50"),
+    "list": [decimal.Decimal("1.0")],
+  }
+  path = tmp_path / "rows.parquet"
+  pq.write_table(pa.Table.from_pylist([row]), path)
+  (found,) = files.read_parquet(path)
+  assert found == {
+    "day": "2024-02-29",
+    "at": "2024-02-29T12:30:00",
+    "zone": "2024-02-29T12:30:00+00:00",
+    "time": "12:30:00",
+    "span": "1:30:00",
+    "price": "12.50",
+    "list": ["1.0"],
+  }
+  assert json.loads(json.dumps(found)) == found
 
 
 def test_bad_parquet(tmp_path):
