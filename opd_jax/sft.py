@@ -262,7 +262,7 @@ class FineTuning:
     )
     for count, fate in (
       (report.dropped, "longer than batch.row_tokens and dropped"),
-      (report.empty, "with nothing to learn and dropped"),
+      (report.empty, "with an empty completion and dropped"),
     ):
       if count:
         yield f"examples: {count} {fate}"

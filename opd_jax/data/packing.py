@@ -47,7 +47,7 @@ class PackingReport:
     rows: in all sources.
     kept: used as examples.
     dropped: longer than a packed row, not used.
-    empty: with nothing to learn, not used.
+    empty: with an empty completion, not used.
     longest: the longest example of all.
     longest_kept: of those that are used.
     mean_length: of the examples that are used.
@@ -263,10 +263,11 @@ def _prepare(
       sources.check_ids(ids, vocab_size, where)
       rows += 1
       longest = max(longest, len(ids))
-      if len(ids) > row_tokens:
-        dropped += 1
-      elif len(ids) < 2:
+      # Else they would teach to end at once.
+      if completion == [end]:
         empty += 1
+      elif len(ids) > row_tokens:
+        dropped += 1
       else:
         kept.append(
           Example(ids=np.asarray(ids, np.int32), prompt_length=len(prompt))
@@ -276,8 +277,8 @@ def _prepare(
       raise InputError(
         f"no row of data.sources.{name} can be used: {dropped - before[1]} are "
         f"longer than batch.row_tokens = {row_tokens} (the longest has "
-        f"{longest} ids) and {empty - before[2]} have nothing to learn; raise "
-        "batch.row_tokens, or look at the templates prompt and completion"
+        f"{longest} ids) and {empty - before[2]} have an empty completion; "
+        "raise batch.row_tokens, or look at the templates prompt and completion"
       )
   return (
     kept,

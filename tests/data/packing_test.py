@@ -236,6 +236,24 @@ def test_long_and_empty_examples_are_counted_and_dropped(tokens, tmp_path):
   assert (report.longest, report.longest_kept) == (23, 16)
 
 
+def test_a_row_with_an_empty_completion_is_not_used(tokens, tmp_path):
+  """Nor one that ends at once by its own text; a prompt may be empty."""
+  rows = [
+    {"q": "a", "a": ""},
+    {"q": "b", "a": "c"},
+    {"q": "d", "a": "</s>"},
+    {"q": "", "a": "e"},
+  ]
+  source = _write(tmp_path / "rows.jsonl", rows)
+  packed = _packed({"x": source}, tokens)
+  report = packed.report
+  assert (report.rows, report.kept, report.empty) == (4, 2, 2)
+  assert [len(packed.example(index).ids) for index in range(2)] == [4, 3]
+  _write(tmp_path / "rows.jsonl", [rows[0]] * 3)
+  with pytest.raises(InputError, match="and 3 have an empty completion"):
+    _packed({"x": source}, tokens)
+
+
 def test_nothing_left_is_an_error(tokens, tmp_path):
   sources = {
     "good": _write(tmp_path / "good.jsonl", _rows(3)),
