@@ -1,6 +1,7 @@
 """Does the student end its completions? The only part that loads weights."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -160,11 +161,13 @@ def sample(setup: Setup, step: Step) -> tuple[Ends, Rollout]:
 
 
 def _prompts(setup: Setup) -> PromptBatch:
-  """The first prompts of each source in turn, cut as the run does."""
+  """The first prompts of the sources in turn, cut as the run does."""
   window = setup.config.data.max_prompt_tokens
-  found = prompts.examples(setup, PROMPTS)
-  ids = [example.student.ids[-window:] for example in found]
-  ids = [row for row in ids if row][:PROMPTS]
+  of_source: dict[str, list[tuple[int, ...]]] = {}
+  for example in prompts.examples(setup, PROMPTS):
+    of_source.setdefault(example.source, []).append(example.student.ids)
+  turns = itertools.zip_longest(*of_source.values())
+  ids = [row for turn in turns for row in turn if row][:PROMPTS]
   tokens = np.zeros((len(ids), window), np.int32)
   for slot, row in enumerate(ids):
     tokens[slot, : len(row)] = row

@@ -1,9 +1,12 @@
 """Whether the student ends its completions."""
 
+import json
+
 import numpy as np
 import pytest
 
 from opd_jax import preflight, setup
+from opd_jax.preflight import probe
 from tests.preflight.support import change_embedding, config_of, inspect, only
 
 
@@ -18,6 +21,31 @@ def test_the_probe_measures_the_stop_ids(folder):
   assert 0 < figures["stopped"] <= 10
   assert not report.findings
   assert "completion 0" in "\n".join(report.sections[-1].lines)
+
+
+def test_the_probe_takes_prompts_of_all_sources(folder):
+  """In turn, and more of the others where one has no more."""
+  sources = {}
+  for name, text, rows in (("a", "a", 30), ("b", "bb", 3), ("c", "ccc", 30)):
+    file = folder / f"{name}.jsonl"
+    file.write_text(json.dumps({"text": text}) + "\n")
+    file.write_text(file.read_text() * rows)
+    sources[name] = {"path": str(file)}
+  data = {"sources": sources, "max_prompt_tokens": 3}
+  prepared = setup.prepare(config_of(folder, data=data, held_out={}))
+  batch = probe._prompts(prepared)
+  letters = prepared.tokenizer.encode("abc", special_tokens=False)
+  drawn = [
+    "abc"[letters.index(row[n - 1])]
+    for row, n in zip(*_arrays(batch), strict=True)
+  ]
+  assert "".join(drawn) == "abcabcabcacacaca"
+  # The end of <s>ccc, as in the run.
+  assert batch.tokens[2].tolist() == [letters[2]] * 3
+
+
+def _arrays(batch):
+  return np.asarray(batch.tokens), np.asarray(batch.lengths)
 
 
 def test_a_student_that_never_ends(folder):
