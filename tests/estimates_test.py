@@ -159,14 +159,44 @@ def test_the_interval_covers_one_sample_each_on_average_over_accuracies():
   assert 0.935 <= np.mean(covered) <= 0.965
 
 
-def test_the_interval_of_pass_at_k_covers():
+def pass_at_coverage(problems, samples, k, mean, correlation):
+  """Of pass@k of problems whose difficulty is beta-distributed."""
   rng = np.random.default_rng(0)
-  chance = rng.beta(1, 2, (TRIALS, 100))
-  right = rng.random((TRIALS, 100, 8)) < chance[..., None]
-  values = estimates.pass_at(right.reshape(-1, 8), 4).reshape(TRIALS, 100)
-  # 1 - E (1 - c)^4, c being Beta(1, 2).
-  truth = 1 - 2 / 6
-  assert 0.935 <= coverage(values, 8 / 4, truth) <= 0.965
+  strength = 1 / correlation - 1
+  right, wrong = mean * strength, (1 - mean) * strength
+  chance = rng.beta(right, wrong, (TRIALS, problems))
+  counts = rng.binomial(samples, chance)
+  of_count = estimates.pass_at(np.tri(samples + 1, samples, -1, bool), k)
+  # 1 - E (1 - c)^k, c being Beta(right, wrong).
+  powers = np.arange(k)
+  truth = 1 - np.prod((wrong + powers) / (right + wrong + powers))
+  return coverage(of_count[counts], samples / k, truth)
+
+
+@pytest.mark.parametrize(
+  "setting",
+  [
+    (100, 8, 4, 1 / 3, 1 / 4),
+    (30, 8, 2, 0.3, 0.3),
+    (100, 8, 8, 0.1, 0.3),
+    (300, 8, 4, 0.05, 0.1),
+  ],
+  ids=str,
+)
+def test_the_interval_of_pass_at_k_covers(setting):
+  assert 0.935 <= pass_at_coverage(*setting) <= 0.965
+
+
+@pytest.mark.parametrize(
+  "setting",
+  [(30, 8, 4, 0.5, 0.1), (100, 8, 2, 0.5, 0.02), (100, 8, 4, 0.3, 0.02)],
+  ids=str,
+)
+def test_the_interval_of_pass_at_k_is_too_wide_where_problems_are_alike(
+  setting,
+):
+  """Subsets that overlap know more than n / k samples, but never less."""
+  assert 0.965 <= pass_at_coverage(*setting) <= 0.995
 
 
 def test_one_sample_each_is_wilsons_interval():
