@@ -15,6 +15,9 @@ begins like one of "test".
 """
 
 import dataclasses
+import functools
+import itertools
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,7 +43,10 @@ class Config:
 
   Attributes:
     levels: numbers of signs, in equal shares.
-    rows: distinct problems drawn; fewer if there are no more.
+    rows: distinct problems drawn. A level that has fewer than its share gives
+      what drawing finds of it, all but one in a thousand or so, and the others
+      no more for it, so there are fewer rows then; an error if no level has its
+      share.
     seed: of the draw.
     slips: probability that a step of a solution is wrong, by 1 or by 10. The
       steps after it go on from the wrong total, and `answer` stays right. A
@@ -73,7 +79,8 @@ def rows(options: Mapping[str, Any], split: str) -> list[dict[str, Any]]:
     split: "train" or "test".
 
   Raises:
-    InputError: an unknown option or split, or a value out of range.
+    InputError: an unknown option or split, a value out of range, or more rows
+      than any level has its share of.
   """
   if split not in ("train", "test"):
     raise InputError(
@@ -83,6 +90,15 @@ def rows(options: Mapping[str, Any], split: str) -> list[dict[str, Any]]:
   config = parsing.parse(Config, options, "options.")
   rng = np.random.default_rng([config.seed, split == "test"])
   share = -(-config.rows // len(config.levels))
+  counts = {level: count(level, split == "test") for level in config.levels}
+  if share > max(counts.values()):
+    there = ", ".join(f"{n:,} of level {level}" for level, n in counts.items())
+    raise InputError(
+      f"arith has {there} in split {split!r}, got rows = {config.rows}, "
+      f"{share} of each level; lower options.rows to "
+      f"{max(counts.values()) * len(counts)} at most, or add a higher level to "
+      "options.levels"
+    )
   drawn = [
     problem
     for level in config.levels
@@ -90,6 +106,26 @@ def rows(options: Mapping[str, Any], split: str) -> list[dict[str, Any]]:
   ]
   order = rng.permutation(len(drawn))[: config.rows]
   return [_row(drawn[index], rng, config.slips) for index in order]
+
+
+@functools.cache
+def count(level: int, test: bool) -> int:
+  """How many problems of a level a split has."""
+  operands = range(1, LARGEST_OPERAND + 1)
+  changes = [sign * operand for operand in operands for sign in (1, -1)]
+  totals = range(LARGEST_TOTAL + 1)
+  # Problems by their running total, from the two operands that say the split.
+  ways: Counter[int] = Counter()
+  for first, second in itertools.product(operands, repeat=2):
+    if bool(held_out(np.array([[first, second]]))[0]) == test:
+      ways.update({first + second, first - second} & {*totals})
+  for _ in range(level - 1):
+    longer: Counter[int] = Counter()
+    for total, change in itertools.product(ways, changes):
+      if total + change in totals:
+        longer[total + change] += ways[total]
+    ways = longer
+  return ways.total()
 
 
 def held_out(
@@ -101,16 +137,16 @@ def held_out(
 
 
 def _draw(
-  rng: np.random.Generator, level: int, test: bool, count: int
+  rng: np.random.Generator, level: int, test: bool, wanted: int
 ) -> list[Problem]:
   """Operands and signs of distinct problems of one level and split.
 
-  Ends before `count` once draws hardly find a new problem.
+  Where there are fewer than `wanted` it ends once draws hardly find a new one.
   """
   found: dict[Problem, None] = {}
-  while len(found) < count:
+  while len(found) < wanted:
     before = len(found)
-    batch = 4 * count + 1000
+    batch = 4 * wanted + 1000
     operands = rng.integers(1, LARGEST_OPERAND + 1, (batch, level + 1))
     signs = rng.choice([1, -1], (batch, level))
     totals = np.cumsum(
@@ -122,9 +158,10 @@ def _draw(
       operands[valid].tolist(), signs[valid].tolist(), strict=True
     ):
       found[tuple(terms), tuple(by)] = None
-    if len(found) - before < 0.001 * batch:
+    rare = len(found) - before < 0.001 * batch
+    if rare and count(level, test) < wanted:
       break
-  return list(found)[:count]
+  return list(found)[:wanted]
 
 
 def _row(

@@ -1,13 +1,22 @@
 """The task arith: right answers, distinct problems, operands held out."""
 
+import collections
+import hashlib
 import itertools
 import re
+import runpy
 
 import numpy as np
 import pytest
 
 from opd_jax import arith
 from opd_jax.errors import InputError
+from tests.conftest import REPO
+
+
+def teacher_config():
+  path = REPO / "configs" / "arith_teacher.py"
+  return runpy.run_path(str(path))["get_config"]()
 
 
 def parts(question):
@@ -64,10 +73,54 @@ def test_openings_are_held_out():
 
 
 def test_there_are_over_a_million_problems():
-  few = arith.rows({"levels": (1,), "rows": 10_000}, "train")
-  few += arith.rows({"levels": (1,), "rows": 10_000}, "test")
-  assert len(few) == count(1) == 81 + 81 - 36
+  for level in (1, 2, 5):
+    both = arith.count(level, False) + arith.count(level, True)
+    assert both == count(level)
+  assert arith.count(1, False) + arith.count(1, True) == 81 + 81 - 36
   assert count(5) > 10**6
+
+
+@pytest.mark.parametrize("level", [1, 2])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_all_problems_can_be_had(level, split):
+  """Every one that can be written down, however rarely it is drawn."""
+  written = set()
+  signs = itertools.product("+-", repeat=level)
+  numbers = itertools.product(range(1, 10), repeat=level + 1)
+  for these, operands in itertools.product(list(signs), numbers):
+    terms = itertools.chain.from_iterable(
+      zip(these, map(str, operands[1:]), strict=True)
+    )
+    question = f"{operands[0]}{''.join(terms)}"
+    stops = [eval(question[:end]) for end in range(1, 2 * level + 2, 2)]
+    opening = np.array([operands[:2]])
+    if min(stops) >= 0 and arith.held_out(opening)[0] == (split == "test"):
+      written.add(f"{question}?")
+  rows = arith.rows({"levels": (level,), "rows": len(written)}, split)
+  assert {row["question"] for row in rows} == written
+  with pytest.raises(
+    InputError,
+    match=rf"arith has {len(written):,} of level {level} in split '{split}', "
+    rf"got rows = {len(written) + 1}.* lower options\.rows to {len(written)} ",
+  ):
+    arith.rows({"levels": (level,), "rows": len(written) + 1}, split)
+
+
+def test_a_level_with_too_few_problems_gives_what_it_has():
+  rows = arith.rows({"levels": (1, 3), "rows": 1000}, "train")
+  counts = collections.Counter(row["level"] for row in rows)
+  assert counts == {1: arith.count(1, False), 3: 500}
+
+
+def test_the_rows_of_the_shipped_recipes():
+  """Another draw, and the models in checkpoints/ cannot be made again."""
+  options = teacher_config()["data"]["sources"]["arith"]["options"]
+  rows = arith.rows(options, "train")
+  counts = collections.Counter(row["level"] for row in rows)
+  assert counts == {3: 24391, 4: 33334, 5: 33334}
+  text = "".join(f"{row['question']}{row['solution']}" for row in rows)
+  digest = hashlib.sha256(text.encode()).hexdigest()
+  assert digest.startswith("26cb400397a3484a")
 
 
 def test_slips_are_as_frequent_as_said_and_carried_on():
