@@ -14,6 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from opd_jax import cli, programs
+from opd_jax.cli import flags
 from opd_jax.config import SourceConfig
 from opd_jax.data import sources
 from opd_jax.models import hf
@@ -346,11 +347,36 @@ def test_a_bad_file_is_refused(damage, run, refused):
     (["export", "--workdir=nowhere", "--out=new"], ["nowhere", "workdir"]),
     (["export", "--workdir=nowhere", "--out=tests"], ["tests", "another"]),
     (["export", f"--out={__file__}", "--workdir=x"], [__file__, "is a file"]),
+    # Nobody can make a folder there, and root is not refused beforehand.
+    (
+      ["train", "--config=x", "--workdir=/proc/x/y"],
+      ["--workdir=/proc/x/y", "cannot write in /proc", "another path"],
+    ),
+    (
+      ["train", "--config=x", "--workdir=/proc/self"],
+      ["cannot write in /proc/self", "another path"],
+    ),
+    (
+      ["generate", "--model=x", "--prompt=x", "--json=/proc/x/y.json"],
+      ["--json=/proc/x: cannot write in /proc"],
+    ),
+    (
+      ["train", "--config=x", f"--workdir={'x' * 300}"],
+      ["cannot write", "too long"],
+    ),
   ],
 )
 def test_a_bad_command_is_refused(arguments, parts, refused):
   line = refused(arguments)
   assert all(part in line for part in parts), line
+
+
+def test_the_trial_of_a_folder_leaves_nothing(tmp_path):
+  kept = tmp_path / "kept"
+  kept.mkdir()
+  for folder in (kept, tmp_path / "new", kept / "a" / "b"):
+    flags.check_folder("--workdir", str(folder))
+  assert list(tmp_path.rglob("*")) == [kept]
 
 
 def test_an_empty_prompt_is_refused(run, refused):

@@ -1,7 +1,9 @@
 """Flags of a command: parsed, described, and checked before any work."""
 
+import contextlib
 import json
 import os
+import tempfile
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -88,23 +90,39 @@ def _describe(flag: Any) -> str:
 
 
 def check_folder(flag: str, path: str) -> None:
-  """Raises unless a folder is there, or could be made."""
+  """Raises unless a folder is there or can be made, and can be written to.
+
+  It is tried, and nothing is left of the trial.
+  """
   if "://" in path:
     raise InputError(
       f"{flag}={path}: buckets are not supported; name a folder, on a disk "
       "that all hosts share if there are several"
     )
-  there = Path(path).absolute()
-  while not there.exists():
+  folder = Path(path).absolute()
+  missing = []
+  there = folder
+  # Unlike Path.exists this takes what may not be looked into as missing.
+  while not os.path.exists(there):
+    missing.append(there)
     there = there.parent
   if not there.is_dir():
     raise InputError(
       f"{flag}={path} cannot be a folder: {there} is a file; name another path"
     )
-  if not os.access(there, os.W_OK):
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+      pass
+  except OSError as error:
     raise InputError(
-      f"{flag}={path}: no permission to write in {there}; name another path"
-    )
+      f"{flag}={path}: cannot write in {there} ({error.strerror}); name "
+      "another path"
+    ) from error
+  finally:
+    with contextlib.suppress(OSError):
+      for made in missing:
+        made.rmdir()
 
 
 def check_file(flag: str, path: str) -> None:
