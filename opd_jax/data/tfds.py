@@ -54,7 +54,7 @@ def read(name: str, split: str, options: Mapping[str, Any]) -> list[Row]:
   if not _CATALOGUE_NAME.fullmatch(name):
     raise InputError(
       f"tfds:{name}: a dataset is named NAME, NAME/CONFIG or NAME:VERSION, "
-      "such as tfds:gsm8k"
+      "such as tfds:math_qa"
     )
   builder = _prepared(name, data_dir) or _from_catalogue(name, data_dir)
   try:

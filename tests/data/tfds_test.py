@@ -122,8 +122,12 @@ def test_an_unknown_dataset(built):
     "opd-jax dataset",
   ):
     assert part in message
-  with pytest.raises(InputError, match="NAME/CONFIG"):
+  with pytest.raises(InputError, match="NAME/CONFIG") as raised:
     read(built, name="huggingface:some")
+  example = str(raised.value).rpartition("tfds:")[2]
+  assert example in tensorflow_datasets.list_builders(
+    with_community_datasets=False
+  )
   with pytest.raises(InputError, match=r"unknown option 'folder'.*data_dir"):
     tfds.read("some_rows", "train", {"folder": built})
   with pytest.raises(InputError, match="data_dir must be a folder, got 3"):
