@@ -7,6 +7,8 @@ ConfigDict or a dict; overrides come from the command line.
 import ast
 import dataclasses
 import difflib
+import inspect
+import re
 import runpy
 import types
 import typing
@@ -18,6 +20,20 @@ from opd_jax.config import require
 from opd_jax.errors import InputError
 
 ConfigT = TypeVar("ConfigT")
+
+# Of the keys without a default, as they are written in a config: by the whole
+# name of a key, or else its last part.
+_EXAMPLES = {
+  "student": '{"path": "Qwen/Qwen3-0.6B"}',
+  "teacher": '{"path": "Qwen/Qwen3-8B"}',
+  "data": '{"sources": {"mine": {"path": "rows.jsonl"}}}',
+  "sources": '{"mine": {"path": "rows.jsonl"}}',
+  "path": '"rows.jsonl"',
+  "student.path": '"Qwen/Qwen3-0.6B"',
+  "teacher.path": '"Qwen/Qwen3-8B"',
+  "objective": '{"name": "gkd"}',
+  "steps": "100",
+}
 
 
 def load(
@@ -128,13 +144,28 @@ def parse(cls: type, values: Mapping[str, Any], prefix: str = "") -> Any:
       field.default is dataclasses.MISSING
       and field.default_factory is dataclasses.MISSING
     ):
-      raise InputError(f"config key {prefix}{name} is missing")
+      key = f"{prefix}{name}"
+      example = _EXAMPLES.get(key) or _EXAMPLES.get(name, "...")
+      raise InputError(
+        f"config key {key} is missing: {_meaning(cls, name)}; write "
+        f'"{name}": {example}'
+      )
   try:
     return cls(**arguments)
   except InputError:
     raise
   except ValueError as error:
     raise InputError(f"{prefix.rstrip('.')}: {error}") from error
+
+
+def _meaning(cls: type, name: str) -> str:
+  """What the docstring of a config class says of one of its keys."""
+  pattern = re.compile(rf"^  {name}: (.*(?:\n {{4,}}.*)*)", re.MULTILINE)
+  for base in cls.__mro__:
+    entry = pattern.search(inspect.cleandoc(base.__doc__ or ""))
+    if entry:
+      return " ".join(entry[1].split()).removesuffix(".")
+  return "it has no default"
 
 
 def _convert(hint: Any, value: Any, name: str) -> Any:

@@ -17,6 +17,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from opd_jax import config as config_lib
 from opd_jax import objectives, parsing, setup, sft
+from opd_jax.errors import InputError
 from opd_jax.models import ModelConfig, hf
 from opd_jax.sharding import MESH_AXES
 
@@ -134,6 +135,64 @@ def test_config_tells_how_to_launch_it(name):
   docstring = ast.get_docstring(ast.parse(text)) or ""
   assert f"--config=configs/{name}" in docstring
   assert "--workdir=" in docstring
+
+
+@pytest.mark.parametrize(
+  ("cls", "key", "parts"),
+  [
+    (
+      config_lib.RunConfig,
+      "objective",
+      ["`name` of an objective, and its own", '"objective": {"name": "gkd"}'],
+    ),
+    (config_lib.RunConfig, "steps", ["updates to make", '"steps": 100']),
+    (config_lib.RunConfig, "student", ['"student": {"path": "']),
+    (config_lib.RunConfig, "teacher", ["frozen", '"teacher": {"path": "']),
+    (config_lib.RunConfig, "data", ["the prompts", '"data": {"sources": {']),
+    (config_lib.RunConfig, "data.sources", ["a name of your own; several"]),
+    (config_lib.SftConfig, "data.sources", ["longer than a packed row"]),
+    (config_lib.RunConfig, "data.sources.x.path", ["TensorFlow Dataset"]),
+    (config_lib.RunConfig, "teacher.path", ['"path": "Qwen/Qwen3-8B"']),
+    (config_lib.SftConfig, "student.path", ["a local folder, or `org/name`"]),
+  ],
+)
+def test_a_missing_key_is_explained(cls, key, parts):
+  """In words of its docstring, with what could be written."""
+  values = {
+    "student": {"path": "s"},
+    "data": {"sources": {"x": {"path": "rows.jsonl"}}},
+    "steps": 1,
+  }
+  if cls is config_lib.RunConfig:
+    values |= {"teacher": {"path": "t"}, "objective": {"name": "gkd"}}
+  *groups, last = key.split(".")
+  inner = values
+  for group in groups:
+    inner = inner[group]
+  del inner[last]
+  with pytest.raises(InputError) as caught:
+    parsing.parse(cls, values)
+  message = str(caught.value)
+  assert message.startswith(f"config key {key} is missing: ")
+  assert all(part in message for part in parts), message
+  # The example is a value of the right kind.
+  _, _, example = message.partition("; write ")
+  name, _, text = example.partition(": ")
+  assert ast.literal_eval(name) == last
+  inner[last] = ast.literal_eval(text)
+  parsing.parse(cls, values)
+
+
+def test_every_required_key_has_an_example():
+  required = {
+    field.name
+    for run in (config_lib.RunConfig, config_lib.SftConfig)
+    for cls, _, _ in fields_of(run)
+    for field in dataclasses.fields(cls)
+    if field.default is dataclasses.MISSING
+    and field.default_factory is dataclasses.MISSING
+  }
+  assert required <= parsing._EXAMPLES.keys()
 
 
 def fields_of(cls, group="config"):
