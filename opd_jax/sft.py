@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from opd_jax import evaluate, flops, loop, optim, preflight, tokenizer
 from opd_jax.config import SamplingConfig, SftConfig
+from opd_jax.data import sources
 from opd_jax.data.packing import PackedBatch, PackedExamples
 from opd_jax.errors import InputError
 from opd_jax.evaluate import Accuracy, Problems
@@ -69,6 +70,7 @@ class SftSetup:
   report: preflight.Report
 
 
+@sources.read_once()
 def prepare(config: SftConfig) -> SftSetup:
   """Reads and checks all a run needs.
 

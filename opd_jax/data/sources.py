@@ -1,7 +1,10 @@
 """Rows of a data source, by the path that names it."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
+from typing import Any
 
 from opd_jax import arith
 from opd_jax.config import SourceConfig
@@ -18,26 +21,55 @@ FILES = {".jsonl": read_jsonl, ".parquet": read_parquet}
 _TFDS = "tfds:"
 
 
+# What `read` has read, by path, split and options; None outside `read_once`.
+_Kept = list[tuple[tuple[str, str, Mapping[str, Any]], list[Row]]]
+_kept: ContextVar[_Kept | None] = ContextVar("_kept", default=None)
+
+
+@contextlib.contextmanager
+def read_once() -> Iterator[None]:
+  """Within it `read` keeps all rows, and reads no source a second time."""
+  if _kept.get() is not None:
+    yield
+    return
+  token = _kept.set([])
+  try:
+    yield
+  finally:
+    _kept.reset(token)
+
+
 def read(config: SourceConfig) -> list[Row]:
   """The rows of a source, in its own order.
 
   Raises:
     InputError: no such source, or one that cannot be read.
   """
+  kept = _kept.get()
+  if kept is None:
+    return _read(config)[: config.rows]
+  key = (config.path, config.split, config.options)
+  for other, rows in kept:
+    if other == key:
+      return rows[: config.rows]
+  kept.append((key, _read(config)))
+  return kept[-1][1][: config.rows]
+
+
+def _read(config: SourceConfig) -> list[Row]:
   path = config.path
   if path in TASKS:
-    rows = TASKS[path](config.options, config.split)
-  elif path.startswith(_TFDS):
-    rows = tfds.read(path.removeprefix(_TFDS), config.split, config.options)
-  elif Path(path).suffix in FILES:
+    return TASKS[path](config.options, config.split)
+  if path.startswith(_TFDS):
+    name = path.removeprefix(_TFDS)
+    return tfds.read(name, config.split, config.options)
+  if Path(path).suffix in FILES:
     _check_file(config)
-    rows = FILES[Path(path).suffix](path)
-  else:
-    raise InputError(
-      f"unknown data source {path!r}; name a file (FILE{', FILE'.join(FILES)}),"
-      f" {_TFDS}NAME for a TensorFlow Dataset, or a task ({', '.join(TASKS)})"
-    )
-  return rows[: config.rows]
+    return FILES[Path(path).suffix](path)
+  raise InputError(
+    f"unknown data source {path!r}; name a file (FILE{', FILE'.join(FILES)}),"
+    f" {_TFDS}NAME for a TensorFlow Dataset, or a task ({', '.join(TASKS)})"
+  )
 
 
 def where(config: SourceConfig, index: int) -> str:

@@ -5,6 +5,7 @@ templates, data, memory. It runs on the host; `probe` alone loads the student.
 """
 
 from opd_jax.config import SftConfig
+from opd_jax.data import sources
 from opd_jax.preflight import data, device, probe, templates, vocabulary
 from opd_jax.preflight.report import KINDS, Finding, Report, Section
 from opd_jax.setup import Setup
@@ -13,6 +14,7 @@ from opd_jax.step import Step
 __all__ = ["KINDS", "Finding", "Report", "Section", "inspect", "inspect_rows"]
 
 
+@sources.read_once()
 def inspect(setup: Setup, step: Step, *, with_probe: bool = False) -> Report:
   """Looks at all parts of a run.
 

@@ -67,3 +67,30 @@ def test_ids_are_checked():
     InputError, match=r"here: the tokenizer gives id 10, .*0 to 9"
   ):
     sources.check_ids([10, 3], 10, "here")
+
+
+def test_within_read_once_a_source_is_read_once(monkeypatch):
+  made = []
+
+  def rows(options, split):
+    made.append((dict(options), split))
+    return [{"n": n} for n in range(options["rows"])]
+
+  monkeypatch.setitem(sources.TASKS, "arith", rows)
+
+  def read(**changes):
+    values = {"path": "arith", "options": {"rows": 9}, **changes}
+    return len(sources.read(SourceConfig(**values)))
+
+  assert (read(), read(), len(made)) == (9, 9, 2)
+  with sources.read_once():
+    found = read(), read(rows=2), read(), read(prompt=TemplateConfig())
+    assert found == (9, 2, 9, 9)
+    assert len(made) == 3
+    with sources.read_once():
+      read()
+    assert len(made) == 3
+    assert (read(split="test"), read(options={"rows": 5})) == (9, 5)
+    assert made[3:] == [({"rows": 9}, "test"), ({"rows": 5}, "train")]
+  read()
+  assert len(made) == 6

@@ -2,11 +2,16 @@
 
 import json
 
+import jax
 import pytest
 
+from opd_jax import preflight, setup
 from opd_jax.config import RunConfig, SftConfig
+from opd_jax.data import sources
+from opd_jax.data.files import read_jsonl
 from opd_jax.parsing import parse
 from opd_jax.preflight.data import overlaps
+from opd_jax.sharding import make_mesh
 from tests import pair
 from tests.preflight.support import config_of, inspect, only
 
@@ -129,3 +134,26 @@ def test_fine_tuning_learns_completions_too(tmp_path, text, count):
   values = pair.sft_config_of(tmp_path, held_out=held_out)
   (found,) = overlaps(parse(SftConfig, values))
   assert (found.key, found.rows, found.count) == ("held_out", 3, count)
+
+
+def test_an_inspection_reads_a_source_once(folder, monkeypatch):
+  eval_source = {"path": str(folder / "held_out.jsonl"), "answer": "{text}"}
+  config = config_of(
+    folder,
+    eval={"source": eval_source, "verifier": "exact"},
+    held_out={},
+  )
+  prepared = setup.prepare(config)
+  step = setup.make_step(prepared, make_mesh({}, jax.devices()[:1]))
+  read = []
+
+  def counted(path):
+    read.append(path)
+    return read_jsonl(path)
+
+  monkeypatch.setitem(sources.FILES, ".jsonl", counted)
+  preflight.inspect(prepared, step, with_probe=True)
+  assert sorted(read) == [
+    str(folder / "held_out.jsonl"),
+    str(folder / "texts.jsonl"),
+  ]
