@@ -10,16 +10,17 @@ from jax.sharding import Mesh
 
 from opd_jax import evaluate, objectives, optim, sampling, tokenizer
 from opd_jax import held_out as held_out_lib
-from opd_jax.config import HeldOutConfig, RunConfig
+from opd_jax.config import HeldOutConfig, RunConfig, SftConfig
 from opd_jax.data.prompts import Prompts
 from opd_jax.errors import InputError
-from opd_jax.evaluate import Problems
-from opd_jax.held_out import HeldOut
+from opd_jax.evaluate import Accuracy, Problems
+from opd_jax.held_out import HeldOut, HeldOutLoss
 from opd_jax.models import Model, ModelConfig, hf
 from opd_jax.objectives.base import Objective
 from opd_jax.scoring import Scorer
 from opd_jax.sharding import DECODE_RULES, TRAIN_RULES, Layout, make_mesh
 from opd_jax.step import Step
+from opd_jax.task import Measurement
 from opd_jax.tokenizer import Difference, Tokenizer
 
 
@@ -171,6 +172,30 @@ def read_held_out(
       "held_out.max_tokens to at most that"
     )
   return texts
+
+
+def measurements(
+  config: RunConfig | SftConfig,
+  student: Model,
+  held_out: HeldOut | None,
+  problems: Problems | None,
+) -> list[Measurement]:
+  """What is measured of the student's weights, apart from the steps.
+
+  Args:
+    config: of the run.
+    student: in the training layout.
+    held_out: texts of the held-out loss, if there are any.
+    problems: of the evaluation, if there is one.
+  """
+  found: list[Measurement] = []
+  if held_out is not None:
+    found.append(HeldOutLoss(held_out, student, config.held_out.every))
+  if problems is not None:
+    decode = Layout.create(student.layout.mesh, DECODE_RULES)
+    decoder = dataclasses.replace(student, layout=decode, remat="none")
+    found.append(Accuracy(problems, decoder))
+  return found
 
 
 def make_step(setup: Setup, mesh: Mesh | None = None) -> Step:

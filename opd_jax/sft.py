@@ -20,18 +20,17 @@ from opd_jax.config import SamplingConfig, SftConfig
 from opd_jax.data import sources
 from opd_jax.data.packing import PackedBatch, PackedExamples
 from opd_jax.errors import InputError
-from opd_jax.evaluate import Accuracy, Problems
-from opd_jax.held_out import HeldOut, HeldOutLoss
+from opd_jax.evaluate import Problems
+from opd_jax.held_out import HeldOut
 from opd_jax.meter import Work
 from opd_jax.models import Model, ModelConfig, hf
 from opd_jax.objectives import sft as objective
 from opd_jax.objectives.base import Objective
 from opd_jax.programs import compiled
 from opd_jax.scoring import Scorer
-from opd_jax.setup import read_held_out
-from opd_jax.sharding import DECODE_RULES, TRAIN_RULES, Layout, make_mesh
+from opd_jax.setup import measurements, read_held_out
+from opd_jax.sharding import TRAIN_RULES, Layout, make_mesh
 from opd_jax.summary import Summary
-from opd_jax.task import Measurement
 from opd_jax.tokenizer import Tokenizer
 from opd_jax.types import (
   PackedRows,
@@ -194,7 +193,7 @@ def sft(config: SftConfig, workdir: str | Path) -> Summary:
   """Runs a fine-tuning, or what is left of it, in a folder of its own.
 
   A folder with checkpoints of the same config is resumed: same rows, same
-  weights as without the interruption. SIGTERM saves and ends.
+  weights as without the interruption. SIGTERM and Ctrl-C save and end it.
 
   Args:
     config: the experiment.
@@ -208,21 +207,13 @@ def sft(config: SftConfig, workdir: str | Path) -> Summary:
   setup = prepare(config)
   setup.report.enforce()
   step = make_step(setup)
-  student = step.scorer.student
-  measurements: list[Measurement] = []
-  if setup.held_out is not None:
-    measurements.append(
-      HeldOutLoss(setup.held_out, student, config.held_out.every)
-    )
-  if setup.problems is not None:
-    decode = Layout.create(student.layout.mesh, DECODE_RULES)
-    decoder = dataclasses.replace(student, layout=decode, remat="none")
-    measurements.append(Accuracy(setup.problems, decoder))
   return loop.run(
     FineTuning(setup, step),
     setup.examples,
     workdir,
-    measurements=measurements,
+    measurements=measurements(
+      config, step.scorer.student, setup.held_out, setup.problems
+    ),
     began=began,
   )
 

@@ -15,7 +15,6 @@ from opd_jax import setup as setup_lib
 from opd_jax.config import ModelSource, RunConfig
 from opd_jax.data.prompts import Batch, Tokens
 from opd_jax.evaluate import Accuracy
-from opd_jax.held_out import HeldOutLoss
 from opd_jax.meter import Work
 from opd_jax.models import Model, hf
 from opd_jax.programs import Programs
@@ -24,7 +23,6 @@ from opd_jax.setup import Setup
 from opd_jax.sharding import Layout
 from opd_jax.step import Step
 from opd_jax.summary import Summary
-from opd_jax.task import Measurement
 from opd_jax.types import (
   STOP_ID,
   Params,
@@ -40,7 +38,7 @@ def train(config: RunConfig, workdir: str | Path) -> Summary:
   """Runs an experiment, or what is left of it, in a folder of its own.
 
   A folder with checkpoints of the same config is resumed: same tokens, same
-  weights as without the interruption. SIGTERM saves and ends.
+  weights as without the interruption. SIGTERM and Ctrl-C save and end it.
 
   Args:
     config: the experiment.
@@ -55,18 +53,13 @@ def train(config: RunConfig, workdir: str | Path) -> Summary:
   step = setup_lib.make_step(setup)
   report = preflight.inspect(setup, step)
   report.enforce()
-  measurements: list[Measurement] = []
-  if setup.held_out is not None:
-    measurements.append(
-      HeldOutLoss(setup.held_out, step.scorer.student, config.held_out.every)
-    )
-  if setup.problems is not None:
-    measurements.append(Accuracy(setup.problems, step.decoder))
   return loop.run(
     Distillation(setup, step, report),
     setup.prompts,
     workdir,
-    measurements=measurements,
+    measurements=setup_lib.measurements(
+      config, step.scorer.student, setup.held_out, setup.problems
+    ),
     began=began,
   )
 

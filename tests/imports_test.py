@@ -65,7 +65,7 @@ ALLOWED = {
   "task": {"config", "types", "models", "update", "meter"},
   "interrupts": {"types"},
   "loop": CORE | TOOLS | {"task", "interrupts"},
-  "setup": CORE | MEASURES,
+  "setup": CORE | MEASURES | {"task"},
   "memory": CORE,
   "preflight": CORE | {"setup", "memory"},
   "train": RUN | {"setup", "preflight"},
