@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from opd_jax import interrupts, loop, sft
+from opd_jax import interrupts, loop, saved, sft
 from opd_jax.checkpoint import Checkpoints
 from opd_jax.config import SftConfig
 from opd_jax.errors import InputError
@@ -145,3 +145,39 @@ def test_seconds_are_of_the_whole_run(folder, tmp_path):
   assert resumed.compile_seconds > stopped.compile_seconds > 0
   again = _run(folder, tmp_path, Probe(100))
   assert again.compile_seconds == resumed.compile_seconds
+
+
+def test_what_is_told_is_no_markup(folder, tmp_path, monkeypatch, capfd):
+  """Templates of chat models hold tags in brackets."""
+  told = "prompt [INST] 1+1? [/INST] [bold]"
+  monkeypatch.setattr(sft.FineTuning, "describe", lambda self: [told])
+  _run(folder, tmp_path, Probe(100))
+  assert told in capfd.readouterr().err
+
+
+def test_a_run_is_found_from_another_folder(folder, tmp_path, monkeypatch):
+  monkeypatch.chdir(folder)
+  values = pair.sft_config_of(folder, steps=1, held_out={})
+  values["student"] = {**values["student"], "path": "student"}
+  setup = sft.prepare(parse(SftConfig, values))
+  mesh = make_mesh({}, jax.devices()[:1])
+  task = sft.FineTuning(setup, sft.make_step(setup, mesh))
+  loop.run(task, setup.examples, tmp_path / "run", began=0.0)
+  monkeypatch.chdir(tmp_path)
+  found = saved.find_run("run")
+  assert found.source == str(folder / "student")
+  assert found.architecture == setup.student
+
+
+def test_a_run_must_measure_what_it_measured(folder, tmp_path):
+  def start(steps, **changes):
+    values = pair.sft_config_of(folder, steps=steps, held_out={}, **changes)
+    setup = sft.prepare(parse(SftConfig, values))
+    mesh = make_mesh({}, jax.devices()[:1])
+    task = sft.FineTuning(setup, sft.make_step(setup, mesh))
+    return loop.run(task, setup.examples, tmp_path, began=0.0)
+
+  start(1)
+  start(2, eval={"every": 7})
+  with pytest.raises(InputError, match=r"eval.samples: 4 saved, 2 given"):
+    start(3, eval={"samples": 2})
