@@ -183,11 +183,10 @@ class Generator:
       [len(self._prompts.prompts[index].ids) for index in picked], np.int32
     )
     samples = np.arange(self._prompts.samples, dtype=np.int32)
+    place = self._model.layout.place_rows
     rows = np.asarray(picked, np.int32)[:, None] + MAX_PROMPTS * samples
-    batch = PromptBatch(
-      tokens=self._place(tokens), lengths=self._place(lengths)
-    )
-    arguments = (params, batch, self._place(rows.reshape(-1)))
+    batch = PromptBatch(tokens=place(tokens), lengths=place(lengths))
+    arguments = (params, batch, place(rows.reshape(-1)))
     if self._compiled is None:
       self._compiled = (
         jax.jit(self._sample, out_shardings=self._model.layout.replicated())
@@ -208,12 +207,6 @@ class Generator:
       key=jax.random.key(prompts.seed),
       vocab_size=prompts.vocab_size,
       rows=rows,
-    )
-
-  def _place(self, array: np.ndarray) -> jax.Array:
-    axes = ("batch",) + (None,) * (array.ndim - 1)
-    return jax.make_array_from_callback(
-      array.shape, self._model.layout.sharding(axes), lambda index: array[index]
     )
 
   def _read(

@@ -355,13 +355,7 @@ class FineTuning:
 
 def place_rows(batch: PackedBatch, layout: Layout) -> PackedRows:
   """Rows as a global batch: each host places what its devices hold."""
-  sharding = layout.sharding(("batch", None))
-
-  def place(array: np.ndarray) -> jax.Array:
-    return jax.make_array_from_callback(
-      array.shape, sharding, lambda index: array[index]
-    )
-
+  place = layout.place_rows
   return PackedRows(
     tokens=place(batch.tokens),
     packing=Packing(

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from opd_jax.errors import InputError
@@ -127,6 +128,21 @@ class Layout:
     """The mesh axes that a logical name is spread over."""
     entry = dict(self.rules)[name]
     return (entry,) if isinstance(entry, str) else entry or ()
+
+  def place(self, array: np.ndarray, axes: Axes) -> jax.Array:
+    """A host's array on the devices; each process places what its own hold.
+
+    Args:
+      array: the whole of it, the same on every process.
+      axes: logical name of each dimension.
+    """
+    return jax.make_array_from_callback(
+      array.shape, self.sharding(axes), lambda index: array[index]
+    )
+
+  def place_rows(self, array: np.ndarray) -> jax.Array:
+    """As `place`, for an array [B, ...] whose first dimension is the batch."""
+    return self.place(array, ("batch",) + (None,) * (array.ndim - 1))
 
   def shards(self, name: str) -> int:
     """How many pieces a dimension with this logical name is cut into."""

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from opd_jax import flops, loop, preflight
 from opd_jax import setup as setup_lib
@@ -241,12 +240,7 @@ def describe(setup: Setup, step: Step) -> Iterator[str]:
 
 def place_inputs(batch: Batch, layout: Layout) -> StepInputs:
   """Prompts as a global batch: each host places what its devices hold."""
-
-  def place(array: np.ndarray) -> jax.Array:
-    axes = ("batch",) + (None,) * (array.ndim - 1)
-    return jax.make_array_from_callback(
-      array.shape, layout.sharding(axes), lambda index: array[index]
-    )
+  place = layout.place_rows
 
   def place_prompts(prompts: Tokens) -> PromptBatch:
     return PromptBatch(
