@@ -68,11 +68,11 @@ class Programs:
         out_shardings=(places, self._everywhere, self._everywhere),
       )
       return
-    self._compile_rollout(state, inputs)
+    self._compile_rollout(state, frozen, inputs)
     self._compile(
       "update",
       step.update_from,
-      (state, frozen, inputs, self._rollout_shape(state, inputs)),
+      (state, frozen, inputs, self._rollout_shape(state, frozen, inputs)),
       donate_argnums=0,
       out_shardings=(places, self._everywhere),
     )
@@ -83,7 +83,7 @@ class Programs:
     """Runs a step; `state` is used up."""
     if self._mode == "fused":
       return self.compiled["train"](state, frozen, inputs)
-    rollout = self.compiled["rollout"](state.params, state.step, inputs.prompts)
+    rollout = self.compiled["rollout"](state.params, frozen, state.step, inputs)
     state, metrics = self.compiled["update"](state, frozen, inputs, rollout)
     return state, metrics, rollout
 
@@ -94,29 +94,33 @@ class Programs:
 
     Nothing of the run changes. The programs are compiled at the first call.
     """
-    self._compile_rollout(state, inputs)
+    self._compile_rollout(state, frozen, inputs)
 
     def score(frozen: Frozen, inputs: StepInputs, rollout: Rollout) -> Any:
       return self._step.score(frozen, self._step.scoring_batch(rollout, inputs))
 
-    shape = self._rollout_shape(state, inputs)
+    shape = self._rollout_shape(state, frozen, inputs)
     self._compile("score", score, (frozen, inputs, shape))
     jax.block_until_ready(state)
     rollout, sample_seconds = _timed(
-      self.compiled["rollout"], state.params, state.step, inputs.prompts
+      self.compiled["rollout"], state.params, frozen, state.step, inputs
     )
     _, score_seconds = _timed(self.compiled["score"], frozen, inputs, rollout)
     return {"time/sample": sample_seconds, "time/score": score_seconds}
 
-  def _compile_rollout(self, state: TrainState, inputs: StepInputs) -> None:
-    arguments = (state.params, state.step, inputs.prompts)
+  def _compile_rollout(
+    self, state: TrainState, frozen: Frozen, inputs: StepInputs
+  ) -> None:
+    arguments = (state.params, frozen, state.step, inputs)
     self._compile(
       "rollout", self._step.rollout, arguments, out_shardings=self._everywhere
     )
 
-  def _rollout_shape(self, state: TrainState, inputs: StepInputs) -> Rollout:
+  def _rollout_shape(
+    self, state: TrainState, frozen: Frozen, inputs: StepInputs
+  ) -> Rollout:
     shapes = jax.eval_shape(
-      self._step.rollout, state.params, state.step, inputs.prompts
+      self._step.rollout, state.params, frozen, state.step, inputs
     )
     return jax.tree.map(
       lambda leaf: jax.ShapeDtypeStruct(

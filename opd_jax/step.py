@@ -51,13 +51,17 @@ class Step(Update):
 
   @jax.named_scope("rollout")
   def rollout(
-    self, params: Params, step: Int[Array, ""], prompts: PromptBatch
+    self,
+    params: Params,
+    frozen: Frozen,
+    step: Int[Array, ""],
+    inputs: StepInputs,
   ) -> Rollout:
     """Draws the completions of a step; the key is (seed, step)."""
     layout = self.decoder.layout
     prompts = PromptBatch(
-      tokens=layout.constrain(prompts.tokens, ("batch", None)),
-      lengths=layout.constrain(prompts.lengths, ("batch",)),
+      tokens=layout.constrain(inputs.prompts.tokens, ("batch", None)),
+      lengths=layout.constrain(inputs.prompts.lengths, ("batch",)),
     )
     return sampling.sample(
       self.decoder,
@@ -91,7 +95,7 @@ class Step(Update):
     self, state: TrainState, frozen: Frozen, inputs: StepInputs
   ) -> tuple[TrainState, Metrics, Rollout]:
     """The whole step: rollout, scoring, objective, update."""
-    rollout = self.rollout(state.params, state.step, inputs.prompts)
+    rollout = self.rollout(state.params, frozen, state.step, inputs)
     state, metrics = self.update_from(state, frozen, inputs, rollout)
     return state, metrics, rollout
 

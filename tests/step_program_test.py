@@ -113,7 +113,7 @@ def test_no_head_gradient_is_reduced_inside_a_loop():
   inputs = engine.make_inputs(privileged=False)
 
   def gradient(state, frozen, inputs):
-    rollout = step.rollout(state.params, state.step, inputs.prompts)
+    rollout = step.rollout(state.params, frozen, state.step, inputs)
     return step.gradient(state, frozen, step.scoring_batch(rollout, inputs))
 
   text = jax.jit(gradient).lower(state, frozen, inputs).compile().as_text()

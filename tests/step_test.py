@@ -26,7 +26,7 @@ def _case():
   step = engine.make_step("exopd")
   state, frozen = engine.make_state(step)
   inputs = engine.make_inputs()
-  rollout = jax.jit(step.rollout)(state.params, state.step, inputs.prompts)
+  rollout = jax.jit(step.rollout)(state.params, frozen, state.step, inputs)
   return state, frozen, inputs, rollout
 
 
