@@ -170,7 +170,7 @@ def test_fused_is_split():
   one, two = state, state
   for _ in range(3):
     one, metrics, fused_rollout = fused(one, frozen, inputs)
-    split_rollout = rollout_program(two.params, two.step, inputs.prompts)
+    split_rollout = rollout_program(two.params, frozen, two.step, inputs)
     two, split_metrics = update_program(two, frozen, inputs, split_rollout)
     np.testing.assert_array_equal(fused_rollout.tokens, split_rollout.tokens)
     _assert_close(one.params, two.params)
@@ -228,7 +228,7 @@ def test_eight_devices_are_one(name, micro_batches):
   step = engine.make_step(name, **changes)
   state, frozen = engine.make_state(step)
   _, _, inputs, rollout = _case()
-  drawn = jax.jit(step.rollout)(state.params, state.step, inputs.prompts)
+  drawn = jax.jit(step.rollout)(state.params, frozen, state.step, inputs)
   np.testing.assert_array_equal(drawn.tokens, rollout.tokens)
   np.testing.assert_allclose(
     drawn.behavior_logprobs, rollout.behavior_logprobs, atol=1e-5
@@ -341,7 +341,7 @@ def test_the_end_may_be_the_id_that_fills_slots():
   update = jax.jit(step.update_from)
   ended = 0
   for number in range(4):
-    rollout = rollout_program(state.params, jnp.int32(number), inputs.prompts)
+    rollout = rollout_program(state.params, frozen, jnp.int32(number), inputs)
     tokens = np.asarray(rollout.tokens)
     zeros = tokens == 0
     lengths = np.where(zeros.any(1), zeros.argmax(1) + 1, engine.LENGTH)

@@ -24,7 +24,7 @@ def _case():
   inputs = dataclasses.replace(
     inputs, privileged=None, teacher_prompts=inputs.privileged
   )
-  rollout = jax.jit(step.rollout)(state.params, state.step, inputs.prompts)
+  rollout = jax.jit(step.rollout)(state.params, frozen, state.step, inputs)
   return state, frozen, inputs, rollout
 
 
@@ -160,7 +160,7 @@ def test_fused_is_split():
   state, frozen, inputs, _ = _case()
   fused, metrics, rollout = jax.jit(step.train)(state, frozen, inputs)
   split_rollout = jax.jit(step.rollout)(
-    state.params, state.step, inputs.prompts
+    state.params, frozen, state.step, inputs
   )
   np.testing.assert_array_equal(rollout.tokens, split_rollout.tokens)
   split, split_metrics = jax.jit(step.update_from)(
