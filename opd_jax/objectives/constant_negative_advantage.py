@@ -11,6 +11,14 @@ that were drawn too, which favours long rows, since their tokens are pushed
 down less). An objective that does no better has learnt nothing from its
 teacher.
 
+Descends: nothing: the expected gradient is 0, but for row lengths.
+
+Off policy: a ratio without clips.
+
+Use it when: a comparison must show how much of a gain needs a teacher at all.
+Run it beside an objective on drawn tokens with the same seeds and steps. It is
+the cheapest, since no teacher is run. Never use it to train a student.
+
 Source: the comparison of arXiv 2608.31046, where a constant negative advantage
 matched a teacher's.
 """
@@ -31,7 +39,7 @@ class Config:
   """Options.
 
   Attributes:
-    coefficient: size of the negative advantage, nats, > 0.
+    coefficient: size of the negative advantage, nats, > 0; 1 is our choice.
     reduction: see `reduce.row_scale`.
   """
 

@@ -7,6 +7,16 @@ per position, over the whole vocabulary. The mixture bounds both by -log alpha,
 and the slope where the models disagree with them. As in `gkd`, no gradient
 flows through the sampling.
 
+Descends: KL(teacher || alpha teacher + (1 - alpha) student) by default, the
+skewed reverse KL as an option.
+
+Off policy: nothing to correct, the tokens are data.
+
+Use it when: forward KL is wanted and the student still gives next to nothing to
+tokens that the teacher likes, where plain forward KL has no bound. Near
+agreement it is (1 - alpha)^2 times the plain KL, and `gkd` with beta = 0 serves
+as well. It costs what `gkd` costs.
+
 Source: Ko et al., arXiv 2402.03898; alpha 0.1 and the forward form as in the
 official script for GPT-2 (`--type adaptive-sfkl`).
 
@@ -30,10 +40,10 @@ class Config:
   """Options.
 
   Attributes:
-    divergence: the skewed KL.
+    divergence: the skewed KL; official script: the forward one.
     alpha: weight in the mixture of the distribution that is compared with it,
-      in [0, 1); 0 is the plain KL.
-    reduction: see `reduce.row_scale`.
+      in [0, 1); 0 is the plain KL. Official code: 0.1.
+    reduction: see `reduce.row_scale`; official code: this one.
   """
 
   divergence: Literal["skew_forward_kl", "skew_reverse_kl"] = "skew_forward_kl"

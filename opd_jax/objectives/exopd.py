@@ -4,6 +4,17 @@
 
 Everything else is `gopd`'s. Needs a reference model.
 
+Descends: KL(student || target), the target beyond the teacher: log target = lam
+log teacher - (lam - 1) log reference, per token.
+
+Off policy: a truncated weight without clips, as in `gopd`.
+
+Use it when: the teacher is a tuned copy of the reference and the student may
+end above it: the paper has the student 0.9 to 2.0 points over its teacher at
+1.25, and growing answers and an unstable run at 1.5. The margin shrinks as the
+teacher gets stronger. Prefer `opd_k1` where no such reference exists: it needs
+one model less.
+
 Source: "Learning beyond Teacher", arXiv 2602.12125, Sec. 4 (ExOPD).
 """
 
@@ -20,7 +31,7 @@ class Config(gopd.Config):
   """Options.
 
   Attributes:
-    lam: weight of log teacher - log reference, > 1.
+    lam: weight of log teacher - log reference, > 1; paper: 1.25 throughout.
   """
 
   lam: float = 1.25

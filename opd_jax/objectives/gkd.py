@@ -14,13 +14,29 @@ which is what separates GKD from MiniLLM. So the expected gradient is that of
 the divergences at the prefixes the student reaches, without the effect of a
 token on later prefixes.
 
+Descends: any of twelve divergences, by default KL(student || teacher).
+
+Off policy: nothing to correct, the tokens are data.
+
+Use it when: in doubt. Its expected gradient with beta = 1 is that of `opd_k1`
+without the noise of the drawn token, and here the teacher's whole distributions
+cost no pass more than its drawn log-probabilities. beta = 0 covers all that the
+teacher does, at the price of mass where it does nothing; which is best depends
+on the task. A top-k support saves nothing here: take it to compare with code
+that stores K ids, and not "none" with a forward KL alone, which collapsed in
+TrOPD's runs. Prefer `opd_k1` to repeat published runs of on-policy
+distillation.
+
 Source: Agarwal et al., arXiv 2306.13649, Eq. 1; the other divergences and their
 sources are in `divergences`. The temperature is the run's sampling temperature,
 applied to both models, without the factor temperature^2. All completions are
 the student's (lambda 1 of the paper).
 
 Differs: the mean runs over all tokens of the batch (as in TRL);
-reduction="seq_mean_token_mean" is the paper's mean per sequence. A support of K
+reduction="seq_mean_token_mean" is the paper's mean per sequence. beta weighs
+the teacher (as in TRL), where the JSD of DistiLLM's code weighs the student; at
+0 and 1 it is the plain KL (as in TRL), though the formula goes to 0 at both
+ends, so that 0.001 is not close in scale to 0. A support of K
 ids keeps the mass outside as one more column where verl, NeMo-RL and ms-swift
 drop it by default; normalization="none" is verl's form without its clamp at 0,
 "renormalized" that of NeMo-RL and ms-swift.
@@ -45,13 +61,15 @@ class Config:
       jeffreys, jsd, skew_forward_kl, skew_reverse_kl, total_variation,
       squared_hellinger, pearson_chi_square, neyman_chi_square, le_cam or alpha.
     beta: of "jsd", the weight of the teacher in the mixture, in [0, 1]; 0 is
-      forward KL, 1 is reverse KL.
+      forward KL, 1 is reverse KL. Paper: 0.1, 0.5 and 0.9 as well; TRL: 0.5 in
+      its GKD, 1 in its distillation trainer.
     alpha: of "alpha" and the skewed KLs; DistiLLM has 0.1.
     support: the ids that are compared; the top k are per position.
-    top_k: size of a support that is not the whole vocabulary.
+    top_k: size of a support that is not the whole vocabulary; verl has 32,
+      NeMo-RL and TrOPD 64, EOPD 16.
     normalization: what becomes of the mass outside such a support; None is
       "tail", which keeps it as one more id.
-    reduction: see `reduce.row_scale`.
+    reduction: see `reduce.row_scale`; TRL: this one.
   """
 
   divergence: str = "jsd"

@@ -17,13 +17,26 @@ log target = lam log teacher + (1 - lam) log reference, normalised at every
 token. (The optimum of the paper's Eq. 12 normalises the same tilt over whole
 sequences; the two agree at the last token only.)
 
+Descends: KL(student || target), log target = lam log teacher + (1 - lam) log
+reference, per token.
+
+Off policy: a truncated weight without clips, from the current student.
+
+Use it when: the student should stop between reference and teacher: the paper
+finds accuracy and answer length in between for lam in (0, 1). It is also
+`opd_k1` with a bounded correction for the sampler (lam = 1). To go past the
+teacher take `exopd`. Other than at lam = 1 it costs a third model in memory and
+its forward pass.
+
 Source: "Learning beyond Teacher", arXiv 2602.12125, Eq. 11-14, and the code of
 G-OPD; max_weight is its rollout correction.
 
 Differs: the sign is the code's; Eq. 14 prints its negative under a max. The
 mean runs over all tokens of the batch, as in the paper's text;
 reduction="seq_mean_token_mean" is what the code computes. Without a reference
-the code falls back to plain OPD in silence; here this is an error.
+the code falls back to plain OPD in silence; here this is an error. Its config
+also has PPO clips (0.2, dual 3), which never bite with its one update per
+batch; there are none here.
 """
 
 import dataclasses
@@ -45,11 +58,12 @@ class Config:
 
   Attributes:
     lam: weight of log teacher - log reference, >= 0; other than 1 needs a
-      reference.
-    max_gap: symmetric bound of log teacher - log reference, nats; None for off.
+      reference. Paper: 0 to 1.5 in steps of 0.25.
+    max_gap: symmetric bound of log teacher - log reference, nats; None for off,
+      as in the paper.
     max_weight: bound of the weight that corrects for the sampler; None for no
-      correction, which refuses sampling filters.
-    reduction: see `reduce.row_scale`.
+      correction, which refuses sampling filters. Official scripts: 5.
+    reduction: see `reduce.row_scale`; paper: this one.
   """
 
   lam: float = 1.0

@@ -13,12 +13,27 @@ KL(student || teacher); the gradient is REINFORCE with the per-token reward
 -(s - t), that is, discount 0 of Eq. 5-6 of arXiv 2602.12125. k1 itself is never
 differentiated: its expected gradient is 0.
 
+Descends: KL(student || teacher) at the visited prefixes with discount 0, of
+whole completions with discount 1.
+
+Off policy: a ratio, with clips as an option.
+
+Use it when: published runs of on-policy distillation are to be repeated, or
+other objectives on drawn tokens compared with their base. One token a position
+makes a noisy gradient, and a drawn token that the teacher finds very unlikely
+an advantage without bound: `max_advantage`, `reopold` and `tropd` are about
+these. Prefer `gkd` with beta = 1 for the same expected gradient without that
+noise.
+
 Source: Thinking Machines Lab, "On-Policy Distillation" (2025), tinker-cookbook
 `distillation/train_on_policy.py`.
 
 Differs: the advantage uses the current student by default (as verl and G-OPD
 do), so that after the first of several updates the gradient stays that of the
-reverse KL; baseline="behavior" is tinker's form.
+reverse KL; baseline="behavior" is tinker's form. Log-ratios are not clamped
+before exp, where verl holds them in [-20, 20]. verl's losses take k3,
+differentiated directly, by default: see `opd_k2`. An older page of slime's
+documentation prints KL(teacher || student); its code has this direction.
 """
 
 import dataclasses
@@ -48,14 +63,20 @@ class Config:
   """Options.
 
   Attributes:
-    coefficient: multiplies the advantage.
-    discount: weight of the next token's advantage in this one's, in [0, 1].
-    max_advantage: symmetric bound of the advantage, nats; None for off.
-    clip_low: the ratio is clipped at 1 - clip_low; None for no bound.
-    clip_high: the ratio is clipped at 1 + clip_high; None for no bound.
-    dual_clip: largest ratio of a token with negative advantage; None for off.
-    baseline: the log-probability the teacher's is compared with.
-    reduction: see `reduce.row_scale`.
+    coefficient: multiplies the advantage; tinker, slime: 1.
+    discount: weight of the next token's advantage in this one's, in [0, 1];
+      tinker: 0.
+    max_advantage: symmetric bound of the advantage, nats; None for off, as in
+      tinker.
+    clip_low: the ratio is clipped at 1 - clip_low; None for no bound, as in
+      tinker; verl: 0.2.
+    clip_high: the ratio is clipped at 1 + clip_high; None for no bound, as in
+      tinker; verl: 0.2.
+    dual_clip: largest ratio of a token with negative advantage; None for off,
+      as in tinker; verl: 3.
+    baseline: the log-probability the teacher's is compared with; verl: the
+      student's, tinker: the behavior's.
+    reduction: see `reduce.row_scale`; verl: this one.
   """
 
   coefficient: float = 1.0

@@ -15,6 +15,15 @@ distribution, and a run with a sampling filter is refused. Where the behavior
 differs, the expected gradient is sum_v behavior_v (s_v - t_v) grad s_v, which
 is that of no divergence: take `opd_k1`.
 
+Descends: KL(student || teacher).
+
+Off policy: no correction; sampling filters are refused.
+
+Use it when: code that differentiates a loss on drawn tokens is to be compared
+with: token by token its gradient is that of `opd_k1` on policy, and its cost
+too. Prefer `opd_k1` otherwise: it allows sampling filters, and its loss has the
+unit of a KL.
+
 Source: k2 of Schulman, "Approximating KL divergence" (2020); as a loss, the
 direct form of verl's distillation losses.
 
@@ -36,8 +45,8 @@ class Config:
 
   Attributes:
     estimator: "k2", or "k3+" for the value of k3 with the gradient of k2; k1
-      and k3 are refused as losses.
-    reduction: see `reduce.row_scale`.
+      and k3 are refused as losses. verl: k3.
+    reduction: see `reduce.row_scale`; verl: this one.
   """
 
   estimator: str = "k2"

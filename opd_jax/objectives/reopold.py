@@ -29,6 +29,17 @@ same with f(u) = 1 - u (1 + floor) e^-floor below: dropped tokens no longer
 pull, and the kink at e^floor is not convex for floor < -1. The entropy choice
 descends no fixed quantity.
 
+Descends: a divergence of at most KL(student || teacher); the entropy choice
+descends no fixed quantity.
+
+Off policy: a ratio without clips. The reward follows the current student.
+
+Use it when: single tokens that the teacher finds very unlikely dominate the
+gradient of `opd_k1`. variant="clip_only" is what held in TrOPD's runs, 1.7
+points over plain distillation and 0.3 for another student, at the cost of
+`opd_k1`; the two stages ended 0.2 points below plain there. The choice of
+tokens costs one more pass of the student's head.
+
 Source: Ko et al., arXiv 2603.11137, Eq. 4, 7-10 as quoted by PW-OPSD's
 released code and by reading notes; the method section itself and official code
 were not available.
@@ -64,14 +75,19 @@ class Config:
   """Options.
 
   Attributes:
-    variant: which tokens carry loss, and whether rewards are bounded.
-    lam: the student's weight in the mixture, in (0, 1); more bounds more.
-    floor_form: how the lower bound of the reward comes from lam.
+    variant: which tokens carry loss, and whether rewards are bounded; paper:
+      "two_stage".
+    lam: the student's weight in the mixture, in (0, 1); more bounds more. 0.1
+      is PW-OPSD's; other accounts of the paper have 0.2 and 0.3.
+    floor_form: how the lower bound of the reward comes from lam; PW-OPSD:
+      "log_ratio".
     fixed_floor: that bound, nats, <= 0; for floor_form="fixed" only.
-    keep: fraction of tokens kept by entropy, in (0, 1].
-    switch: fraction of the run after which tokens are chosen by entropy.
-    reduction: see `reduce.row_scale`; "selection_mean" divides by the number
-      of tokens with M = 1.
+    keep: fraction of tokens kept by entropy, in (0, 1]; 0.2 in two accounts of
+      the paper, 0.5 in one.
+    switch: fraction of the run after which tokens are chosen by entropy; paper
+      as quoted: step 150 of 300.
+    reduction: see `reduce.row_scale`; "selection_mean", as Eq. 4, divides by
+      the number of tokens with M = 1.
   """
 
   variant: Literal["two_stage", "clip_only", "entropy_only"] = "two_stage"
