@@ -3,22 +3,23 @@
 import ast
 import pathlib
 import re
-import runpy
+import types
 import typing
 
 import pytest
 
+from docs import generate, objective_pages
 from opd_jax import cli, parsing
 from opd_jax import config as config_lib
 from opd_jax.objectives import OBJECTIVES
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
-PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
+PAGES = [REPO / "README.md", *sorted((REPO / "docs").rglob("*.md"))]
 README = PAGES[0].read_text()
 
 
 def page_name(path):
-  return path.name
+  return str(path.relative_to(REPO))
 
 
 def blocks(path):
@@ -42,9 +43,18 @@ def test_examples_run(path):
 
 @pytest.mark.parametrize("path", PAGES, ids=page_name)
 def test_generated_sections_are_current(path):
-  fill = runpy.run_path(str(REPO / "docs" / "generate.py"))["fill"]
   page = path.read_text()
-  assert fill(page) == page, "stale: run python docs/generate.py"
+  assert generate.fill(page) == page, "stale: run python -m docs.generate"
+
+
+def test_every_objective_has_its_page():
+  written = {
+    path.name: path.read_text()
+    for path in generate.OBJECTIVES.glob("*.md")
+    if path.name != "README.md"
+  }
+  assert objective_pages.pages() == written, "run python -m docs.generate"
+  assert set(written) == {f"{name}.md" for name in (*OBJECTIVES, "sft")}
 
 
 @pytest.mark.parametrize("path", PAGES, ids=page_name)

@@ -24,6 +24,19 @@ whole rows says `whole_rows` and may then return terms of shape [B].
 
 If `prepare` reads the student, it costs an extra pass over the vocabulary head
 with one micro-batch, and an extra forward of the student with several.
+
+The docstring of the module becomes a page of docs/objectives/: a line on what
+it is, the formula, then paragraphs that begin with these words. All but the
+last must be there.
+
+  Descends:     the quantity, with its direction: KL(student || teacher)
+  Off policy:   what corrects for tokens of another distribution than the
+                student's own; its first sentence goes into a table
+  Use it when:  what it is good for, what it costs, what to prefer otherwise
+  Source:       paper, equations, arXiv id; code that was followed
+  Differs:      where papers and their code disagree with this or each other
+
+The `Attributes:` of `Config` say where each default comes from.
 """
 
 import dataclasses

@@ -18,7 +18,7 @@ token. (The optimum of the paper's Eq. 12 normalises the same tilt over whole
 sequences; the two agree at the last token only.)
 
 Descends: KL(student || target), log target = lam log teacher + (1 - lam) log
-reference, per token.
+reference, per token; by default the teacher itself.
 
 Off policy: a truncated weight without clips, from the current student.
 

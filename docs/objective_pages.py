@@ -1,0 +1,307 @@
+"""A page for each objective, and the table that compares them.
+
+All of it comes from the module of the objective: its docstring, whose sections
+`opd_jax/objectives/base.py` names, its options, and what it needs of the models
+with the default options.
+"""
+
+import dataclasses
+import inspect
+import re
+from pathlib import Path
+from types import ModuleType
+
+from docs.docstrings import attributes, cell, markdown, rows, summary, table
+from opd_jax.objectives import OBJECTIVES, sft
+from opd_jax.objectives.base import ROLES, Needs, Objective, Request
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+FOLDER = "docs/objectives/"
+
+# The objectives of `train`, and that of the command `sft`.
+MODULES: dict[str, ModuleType] = dict(
+  sorted({**OBJECTIVES, "sft": sft}.items())
+)
+
+REQUIRED = ("Descends", "Off policy", "Use it when", "Source")
+DIFFERS = "Differs"
+
+# Names in docstrings that have a place in these pages.
+PLACES = {
+  **{name: f"{name}.md" for name in MODULES},
+  "divergences": "README.md#divergences",
+  "estimators": "README.md#estimates-from-the-drawn-token",
+  "policy.surrogate": "README.md#policy-gradient",
+  "reduce.row_scale": "README.md#reductions",
+  "supports": "README.md#supports",
+  "opd-jax sft": "../sft.md",
+}
+
+
+def sections(name: str, docstring: str) -> dict[str, str]:
+  """The parts of an objective's docstring by their names, "" for the first.
+
+  Raises:
+    ValueError: a required one is missing.
+  """
+  label = "|".join((*REQUIRED, DIFFERS))
+  first, *rest = re.split(rf"\n\n({label}): ", inspect.cleandoc(docstring))
+  found = dict(zip(rest[::2], rest[1::2], strict=True))
+  for section in REQUIRED:
+    if section not in found:
+      raise ValueError(
+        f"objective {name}: the docstring of its module has no paragraph that "
+        f"begins with '{section}: '; opd_jax/objectives/base.py says what "
+        "belongs there"
+      )
+  return {"": first, **found}
+
+
+def linked(text: str, own: str = "", folder: str = "") -> str:
+  """Names that have a place, and numbers of papers, as links to them.
+
+  Args:
+    text: Markdown.
+    own: the page that it is on, which is not linked to.
+    folder: where the pages of the objectives are, seen from that page.
+  """
+
+  def name(found: re.Match[str]) -> str:
+    place = PLACES.get(found[1], "")
+    if not place or found[1] == own:
+      return found[0]
+    return f"[{found[0]}]({folder}{place})"
+
+  parts = re.split(r"(^```.*?^```)", text, flags=re.S | re.M)
+  for index in range(0, len(parts), 2):
+    part = re.sub(r"`([^`\n]+)`", name, parts[index])
+    parts[index] = re.sub(
+      r"arXiv\s(\d{4}\.\d{5})",
+      r"[arXiv \1](https://arxiv.org/abs/\1)",
+      part,
+    )
+  return "".join(parts)
+
+
+def told_by(name: str) -> dict[str, str]:
+  """The sections of an objective by its name."""
+  return sections(name, MODULES[name].__doc__ or "")
+
+
+def bind(name: str) -> Objective:
+  """An objective with its default options."""
+  return Objective.bind(name, MODULES[name], MODULES[name].Config())
+
+
+def fields(request: Request) -> list[str]:
+  """What is asked of a model."""
+  asked = ("logprobs", "entropy", "vocab_logprobs")
+  return [field for field in asked if getattr(request, field)]
+
+
+def needed(objective: Objective) -> str:
+  """The models that are run, and what is asked of them."""
+  told = attributes(Request)
+  trained = objective.needs.gradient_roles()
+  lines = []
+  for reader, needs in (
+    ("prepare", objective.prepare_needs),
+    ("terms", objective.needs),
+  ):
+    for role in needs.roles():
+      asked = "; ".join(
+        f"`{field}`: {told[field].rstrip('.')}"
+        for field in fields(getattr(needs, role))
+      )
+      gradient = "yes" if reader == "terms" and role in trained else "no"
+      lines.append((role, asked, f"`{reader}`", gradient))
+  found = rows(("model", "what is read", "by", "gradient"), lines)
+  meant = attributes(Needs)
+  listed = [f"- `{flag}`: {meant[flag]}" for flag in conditions(objective)]
+  return "\n\n".join([found, *(["\n".join(listed)] if listed else [])])
+
+
+def conditions(objective: Objective) -> list[str]:
+  """The fields of `Needs` that are set besides what is asked of the models."""
+  return [
+    field.name
+    for field in dataclasses.fields(Needs)
+    if field.name not in ROLES
+    and getattr(objective.needs, field.name) != field.default
+  ]
+
+
+def legend() -> str:
+  """What the conditions in the comparison mean."""
+  meant = attributes(Needs)
+  named = {flag for name in MODULES for flag in conditions(bind(name))}
+  return "\n".join(f"- `{flag}`: {meant[flag]}" for flag in sorted(named))
+
+
+def head_passes(objective: Objective) -> dict[str, int]:
+  """Products of each model's vocabulary head and the states of all tokens.
+
+  Three where there is a gradient: the logits, and the gradients in the states
+  and in the weights.
+  """
+  trained = objective.needs.gradient_roles()
+  passes = {}
+  for role in ROLES:
+    before = bool(getattr(objective.prepare_needs, role))
+    after = bool(getattr(objective.needs, role))
+    if role in trained:
+      passes[role] = 3 + before
+    elif before and after and not objective.prepare_covers(role):
+      passes[role] = 2
+    elif before or after:
+      passes[role] = 1
+  return passes
+
+
+def prepare_pass(objective: Objective) -> str:
+  """What `prepare` costs beyond the update's own passes, in a few words."""
+  trained = objective.needs.gradient_roles()
+  roles = [role for role in objective.prepare_needs.roles() if role in trained]
+  return f"the {' and '.join(roles)}'s head" if roles else "no"
+
+
+def cost(objective: Objective) -> str:
+  """What is computed and held because of the objective."""
+  passes = head_passes(objective)
+  frozen = [role for role in passes if role in ("teacher", "reference")]
+  widths = " + ".join(
+    (f"{count} " if count > 1 else "") + f"D_{role.partition('_')[0]}"
+    for role, count in passes.items()
+  )
+  again = prepare_pass(objective)
+  if again != "no":
+    again += ", counted above; with several micro-batches its trunk once more"
+  lines = [
+    ("forward passes of frozen models", ", ".join(frozen) or "none"),
+    ("vocabulary heads", f"2 V ({widths}) FLOP per token of a completion"),
+    ("distributions", f"[C, V] float32 at a time, of {' and '.join(passes)}"),
+    ("pass before the update", again),
+  ]
+  if (top_k := getattr(objective.config, "top_k", None)) is not None:
+    lines.append(("choice of ids", f"the {top_k} largest of V per token"))
+  return rows(("what", "how much"), lines)
+
+
+def signal(objective: Objective) -> str:
+  """What an objective sees of the models' distributions."""
+  asked = {
+    (role, field)
+    for needs in (objective.needs, objective.prepare_needs)
+    for role in needs.roles()
+    for field in fields(getattr(needs, role))
+  }
+  found = {field for _, field in asked}
+  seen = ["tokens"] if "logprobs" in found else []
+  if "vocab_logprobs" in found:
+    top_k = getattr(objective.config, "top_k", None)
+    seen.append("vocabulary" if top_k is None else f"top {top_k}")
+  seen += [f"{role}'s entropy" for role, f in sorted(asked) if f == "entropy"]
+  return ", ".join(seen)
+
+
+def origin(source: str) -> str:
+  """The first paper of a section "Source", or its first sentence."""
+  text = " ".join(source.split())
+  paper = re.match(r".*?(arXiv \d{4}\.\d{5}|\(\d{4}\))", text)
+  return paper[0] if paper else text.partition(". ")[0].rstrip(".")
+
+
+def comparison() -> str:
+  """All objectives, with their default options."""
+  lines = []
+  for name in MODULES:
+    told, objective = told_by(name), bind(name)
+    frozen = [role for role in head_passes(objective) if role != "student"]
+    line = (
+      f"`{name}`",
+      cell(told["Descends"]).rstrip("."),
+      signal(objective),
+      ", ".join(frozen) or "none",
+      prepare_pass(objective),
+      cell(told["Off policy"]).partition(". ")[0].rstrip("."),
+      ", ".join(f"`{flag}`" for flag in conditions(objective)),
+      origin(told["Source"]),
+    )
+    lines.append(tuple(map(linked, line)))
+  header = (
+    "objective",
+    "descends",
+    "sees",
+    "frozen models",
+    "pass before the update",
+    "off policy",
+    "conditions",
+    "source",
+  )
+  return rows(header, lines)
+
+
+def catalogue() -> str:
+  """The list of the main page: what each is, and the configs that take it."""
+  lines = []
+  for name in MODULES:
+    told = told_by(name)
+    line = (
+      f"`{name}`",
+      cell(told[""].partition("\n\n")[0]).rstrip("."),
+      origin(told["Source"]),
+      ", ".join(f"`{file}`" for file in configs_of(name)),
+    )
+    lines.append(tuple(linked(part, folder=FOLDER) for part in line))
+  return rows(("objective", "what it is", "source", "configs"), lines)
+
+
+def configs_of(name: str) -> list[str]:
+  """The files of `configs/` that take an objective."""
+  return [
+    path.name
+    for path in sorted(CONFIGS.glob("*.py"))
+    if f'"objective": {{"name": "{name}"' in path.read_text(encoding="utf-8")
+  ]
+
+
+def page(name: str) -> str:
+  """The page of an objective."""
+  told, objective = told_by(name), bind(name)
+  title, _, formula = told[""].partition("\n\n")
+  config = MODULES[name].Config
+  options = summary(config)
+  if dataclasses.fields(config):
+    options = table(config, "objective.")
+  path = f"opd_jax/objectives/{name}.py"
+  parts = [
+    f"<!-- Made by docs/generate.py from {path}. -->",
+    f"# {name}",
+    title,
+    f"**Descends** {markdown(told['Descends'])}",
+    f"**Off policy:** {markdown(told['Off policy'])}",
+    f"**Use it when** {markdown(told['Use it when'])}",
+    "## Formula",
+    markdown(formula),
+    "## Options",
+    options,
+    "## Needs and cost",
+    "With the default options. The cost adds to that of the tokens and of the "
+    "student's own trunk; D is the width of a model, V the shared vocabulary, "
+    "C `batch.chunk_tokens`.",
+    needed(objective),
+    cost(objective),
+    "## Where it comes from",
+    f"**Source:** {markdown(told['Source'])}",
+  ]
+  if DIFFERS in told:
+    parts.append(f"**Differs:** {markdown(told[DIFFERS])}")
+  parts.append(
+    f"[The code](../../{path}); [all objectives](README.md#comparison)."
+  )
+  return linked("\n\n".join(parts), name) + "\n"
+
+
+def pages() -> dict[str, str]:
+  """Every page by its file name."""
+  return {f"{name}.md": page(name) for name in MODULES}
