@@ -1,14 +1,14 @@
 """The documentation is true: examples run, sections are new, names exist."""
 
 import ast
+import inspect
 import pathlib
 import re
-import types
 import typing
 
 import pytest
 
-from docs import generate, objective_pages
+from docs import generate, objective_needs, objective_pages
 from opd_jax import cli, parsing
 from opd_jax import config as config_lib
 from opd_jax.objectives import OBJECTIVES
@@ -55,6 +55,38 @@ def test_every_objective_has_its_page():
   }
   assert objective_pages.pages() == written, "run python -m docs.generate"
   assert set(written) == {f"{name}.md" for name in (*OBJECTIVES, "sft")}
+
+
+def test_a_docstring_without_a_section_is_refused():
+  text = inspect.cleandoc(OBJECTIVES["opd_k1"].__doc__)
+  assert objective_pages.sections("opd_k1", text)["Descends"].startswith("KL(")
+  for section in objective_pages.REQUIRED:
+    lacking = text.replace(f"\n\n{section}: ", "\n\nOtherwise: ")
+    with pytest.raises(ValueError, match=f"objective opd_k1: .*'{section}: '"):
+      objective_pages.sections("opd_k1", lacking)
+
+
+@pytest.mark.parametrize(
+  ("name", "passes", "seen", "conditions"),
+  [
+    ("gkd", {"student": 3, "teacher": 1}, "vocabulary", []),
+    ("opd_k2", {"student": 3, "teacher": 1}, "tokens", ["pure_sampling"]),
+    ("exopd", {"student": 3, "teacher": 1, "reference": 1}, "tokens", []),
+    (
+      "reopold",  # Its `prepare` has read all that is read of the teacher.
+      {"student": 4, "teacher": 1},
+      "tokens, student's entropy",
+      [],
+    ),
+    ("constant_negative_advantage", {"student": 3}, "tokens", []),
+    ("tropd", {"student": 3, "teacher": 1}, "tokens, top 64", []),
+  ],
+)
+def test_needs_on_the_pages(name, passes, seen, conditions):
+  objective = objective_pages.bind(name)
+  assert objective_needs.head_passes(objective) == passes
+  assert objective_needs.signal(objective) == seen
+  assert objective_needs.conditions(objective) == conditions
 
 
 @pytest.mark.parametrize("path", PAGES, ids=page_name)

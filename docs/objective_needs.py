@@ -1,0 +1,110 @@
+"""What an objective needs of the models, and what that costs, as Markdown."""
+
+import dataclasses
+
+from docs.docstrings import attributes, rows
+from opd_jax.objectives.base import ROLES, Needs, Objective, Request
+
+
+def fields(request: Request) -> list[str]:
+  """What is asked of a model."""
+  asked = ("logprobs", "entropy", "vocab_logprobs")
+  return [field for field in asked if getattr(request, field)]
+
+
+def signal(objective: Objective) -> str:
+  """What an objective sees of the models' distributions."""
+  asked = {
+    (role, field)
+    for needs in (objective.needs, objective.prepare_needs)
+    for role in needs.roles()
+    for field in fields(getattr(needs, role))
+  }
+  found = {field for _, field in asked}
+  seen = ["tokens"] if "logprobs" in found else []
+  if "vocab_logprobs" in found:
+    top_k = getattr(objective.config, "top_k", None)
+    seen.append("vocabulary" if top_k is None else f"top {top_k}")
+  seen += [f"{role}'s entropy" for role, f in sorted(asked) if f == "entropy"]
+  return ", ".join(seen)
+
+
+def conditions(objective: Objective) -> list[str]:
+  """The fields of `Needs` that are set besides what is asked of the models."""
+  return [
+    field.name
+    for field in dataclasses.fields(Needs)
+    if field.name not in ROLES
+    and getattr(objective.needs, field.name) != field.default
+  ]
+
+
+def needed(objective: Objective) -> str:
+  """The models that are run, and what is asked of them."""
+  told = attributes(Request)
+  trained = objective.needs.gradient_roles()
+  lines = []
+  for reader, needs in (
+    ("prepare", objective.prepare_needs),
+    ("terms", objective.needs),
+  ):
+    for role in needs.roles():
+      asked = "; ".join(
+        f"`{field}`: {told[field].rstrip('.')}"
+        for field in fields(getattr(needs, role))
+      )
+      gradient = "yes" if reader == "terms" and role in trained else "no"
+      lines.append((role, asked, f"`{reader}`", gradient))
+  found = rows(("model", "what is read", "by", "gradient"), lines)
+  meant = attributes(Needs)
+  listed = [f"- `{flag}`: {meant[flag]}" for flag in conditions(objective)]
+  return "\n\n".join([found, *(["\n".join(listed)] if listed else [])])
+
+
+def head_passes(objective: Objective) -> dict[str, int]:
+  """Products of each model's vocabulary head and the states of all tokens.
+
+  Three where there is a gradient: the logits, and the gradients in the states
+  and in the weights.
+  """
+  trained = objective.needs.gradient_roles()
+  passes = {}
+  for role in ROLES:
+    before = bool(getattr(objective.prepare_needs, role))
+    after = bool(getattr(objective.needs, role))
+    if role in trained:
+      passes[role] = 3 + before
+    elif before and after and not objective.prepare_covers(role):
+      passes[role] = 2
+    elif before or after:
+      passes[role] = 1
+  return passes
+
+
+def prepare_pass(objective: Objective) -> str:
+  """What `prepare` costs beyond the update's own passes, in a few words."""
+  trained = objective.needs.gradient_roles()
+  roles = [role for role in objective.prepare_needs.roles() if role in trained]
+  return f"the {' and '.join(roles)}'s head" if roles else "no"
+
+
+def cost(objective: Objective) -> str:
+  """What is computed and held because of the objective."""
+  passes = head_passes(objective)
+  frozen = [role for role in passes if role in ("teacher", "reference")]
+  widths = " + ".join(
+    (f"{count} " if count > 1 else "") + f"D_{role.partition('_')[0]}"
+    for role, count in passes.items()
+  )
+  again = prepare_pass(objective)
+  if again != "no":
+    again += ", counted above; with several micro-batches its trunk once more"
+  lines = [
+    ("forward passes of frozen models", ", ".join(frozen) or "none"),
+    ("vocabulary heads", f"2 V ({widths}) FLOP per token of a completion"),
+    ("distributions", f"[C, V] float32 at a time, of {' and '.join(passes)}"),
+    ("pass before the update", again),
+  ]
+  if (top_k := getattr(objective.config, "top_k", None)) is not None:
+    lines.append(("choice of ids", f"the {top_k} largest of V per token"))
+  return rows(("what", "how much"), lines)
