@@ -190,9 +190,9 @@ def page(name: str) -> str:
     "## Options",
     options,
     "## Needs and cost",
-    "With the default options. The cost adds to that of the tokens and of the "
-    "student's own trunk; D is the width of a model, V the shared vocabulary, "
-    "C `batch.chunk_tokens`.",
+    "With the default options. The cost is on top of drawing the tokens and "
+    "of the student's own trunk; D is the width of a model, V the shared "
+    "vocabulary, C `batch.chunk_tokens`.",
     needed(objective),
     cost(objective),
     "## Where it comes from",

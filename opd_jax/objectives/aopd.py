@@ -27,18 +27,18 @@ Off policy: a ratio without clips on the policy gradient, none on the imitated
 tokens. Gate and advantage follow the current student.
 
 Use it when: the pull of `opd_k1` on tokens the teacher dislikes, which has no
-bound, makes training unstable. Its abstract reports 4 to 8 points over plain
-distillation, TrOPD's authors find 2.7 with it and 3.5 with theirs; an
-independent study of three student sizes saw gains of 0.7 and 2.1 and a loss of
-4.0. `tropd` draws the line by chance and not by sign; `gkd` has the forward KL
-alone.
+bound, makes training unstable. The paper's abstract reports 4 to 8 points over
+plain distillation; TrOPD's authors find 2.7 with it, and 3.5 with `tropd`,
+where the chance of imitation grows with the gap; an independent study of three
+student sizes saw gains of 0.7 and 2.1 and a loss of 4.0. It costs what `gkd`
+costs, which has the forward KL alone.
 
 Source: Jia et al., arXiv 2605.06387, Eq. 1-2, 9-11 as quoted by a
 source-checked ledger; the body was not available, and there is no official
 code.
 
-Differs: K and the normalisation of fkl are not in those sources; K = 64 is
-what TrOPD (arXiv 2606.01249) uses for every method with forward KL, "none" is
+Differs: K and the normalisation of fkl are not in those sources; K = 64 is what
+TrOPD (arXiv 2606.01249) uses for every method with forward KL, "none" is
 TrOPD's too. A = 0 goes to imitation, as the gate is written. The JSD that the
 paper tries in place of the forward KL is not offered.
 """

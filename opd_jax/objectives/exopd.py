@@ -16,6 +16,8 @@ teacher gets stronger. Prefer `opd_k1` where no such reference exists: it needs
 one model less.
 
 Source: "Learning beyond Teacher", arXiv 2602.12125, Sec. 4 (ExOPD).
+
+Differs: as `gopd` does.
 """
 
 import dataclasses
@@ -31,7 +33,8 @@ class Config(gopd.Config):
   """Options.
 
   Attributes:
-    lam: weight of log teacher - log reference, > 1; paper: 1.25 throughout.
+    lam: weight of log teacher - log reference, > 1; paper: 1.25, but
+      for a sweep to 1.5.
   """
 
   lam: float = 1.25

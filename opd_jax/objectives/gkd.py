@@ -36,9 +36,9 @@ Differs: the mean runs over all tokens of the batch (as in TRL);
 reduction="seq_mean_token_mean" is the paper's mean per sequence. beta weighs
 the teacher (as in TRL), where the JSD of DistiLLM's code weighs the student; at
 0 and 1 it is the plain KL (as in TRL), though the formula goes to 0 at both
-ends, so that 0.001 is not close in scale to 0. A support of K
-ids keeps the mass outside as one more column where verl, NeMo-RL and ms-swift
-drop it by default; normalization="none" is verl's form without its clamp at 0,
+ends, so that 0.001 is not close in scale to 0. A support of K ids keeps the
+mass outside as one more column where verl, NeMo-RL and ms-swift drop it by
+default; normalization="none" is verl's form without its clamp at 0,
 "renormalized" that of NeMo-RL and ms-swift.
 """
 

@@ -32,11 +32,12 @@ Source: "Learning beyond Teacher", arXiv 2602.12125, Eq. 11-14, and the code of
 G-OPD; max_weight is its rollout correction.
 
 Differs: the sign is the code's; Eq. 14 prints its negative under a max. The
-mean runs over all tokens of the batch, as in the paper's text;
-reduction="seq_mean_token_mean" is what the code computes. Without a reference
-the code falls back to plain OPD in silence; here this is an error. Its config
-also has PPO clips (0.2, dual 3), which never bite with its one update per
-batch; there are none here.
+mean runs over all tokens of the batch, where the paper sums over those of a
+completion; reduction="seq_mean_token_mean" is what the code computes, whose
+token mean is one of micro-batches of one row. Without a reference the code
+falls back to plain OPD in silence; here this is an error. Its config also has
+PPO clips (0.2, dual 3), which never bite with its one update per batch; there
+are none here.
 """
 
 import dataclasses
@@ -63,7 +64,7 @@ class Config:
       as in the paper.
     max_weight: bound of the weight that corrects for the sampler; None for no
       correction, which refuses sampling filters. Official scripts: 5.
-    reduction: see `reduce.row_scale`; paper: this one.
+    reduction: see `reduce.row_scale`; official code: "seq_mean_token_mean".
   """
 
   lam: float = 1.0

@@ -23,17 +23,18 @@ other objectives on drawn tokens compared with their base. One token a position
 makes a noisy gradient, and a drawn token that the teacher finds very unlikely
 an advantage without bound: `max_advantage`, `reopold` and `tropd` are about
 these. Prefer `gkd` with beta = 1 for the same expected gradient without that
-noise.
+noise, at the same passes of the models.
 
 Source: Thinking Machines Lab, "On-Policy Distillation" (2025), tinker-cookbook
 `distillation/train_on_policy.py`.
 
 Differs: the advantage uses the current student by default (as verl and G-OPD
 do), so that after the first of several updates the gradient stays that of the
-reverse KL; baseline="behavior" is tinker's form. Log-ratios are not clamped
-before exp, where verl holds them in [-20, 20]. verl's losses take k3,
-differentiated directly, by default: see `opd_k2`. An older page of slime's
-documentation prints KL(teacher || student); its code has this direction.
+reverse KL; baseline="behavior" is tinker's form. No mean is subtracted from it,
+as in tinker's distillation. Log-ratios are not clamped before exp, where verl
+holds them in [-20, 20]. verl's losses take k3, differentiated directly, by
+default: see `opd_k2`. An older page of slime's documentation prints KL(teacher
+|| student); its code has this direction.
 """
 
 import dataclasses

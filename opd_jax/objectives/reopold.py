@@ -32,7 +32,8 @@ descends no fixed quantity.
 Descends: a divergence of at most KL(student || teacher); the entropy choice
 descends no fixed quantity.
 
-Off policy: a ratio without clips. The reward follows the current student.
+Off policy: a ratio without clips. The reward follows the current student, as in
+Algorithm 1 as quoted.
 
 Use it when: single tokens that the teacher finds very unlikely dominate the
 gradient of `opd_k1`. variant="clip_only" is what held in TrOPD's runs, 1.7
