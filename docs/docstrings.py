@@ -98,7 +98,7 @@ def body(documented: Any) -> str:
 
 
 def markdown(text: str) -> str:
-  """A clean docstring's paragraphs as a line each, indented ones as code."""
+  """A clean docstring: a paragraph is a line, an indented one is code."""
   blocks = []
   for code, group in itertools.groupby(
     text.split("\n\n"), lambda block: block.startswith("  ")
@@ -107,5 +107,8 @@ def markdown(text: str) -> str:
       lines = textwrap.dedent("\n\n".join(group))
       blocks.append(f"```text\n{lines}\n```")
     else:
-      blocks += [" ".join(block.split()) for block in group]
+      blocks += [
+        block if block.startswith("- ") else " ".join(block.split())
+        for block in group
+      ]
   return "\n\n".join(blocks)

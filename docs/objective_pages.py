@@ -121,6 +121,7 @@ def comparison() -> str:
       ", ".join(frozen) or "none",
       prepare_pass(objective),
       cell(told["Off policy"]).partition(". ")[0].rstrip("."),
+      "no" if objective.needs.pure_sampling else "yes",
       ", ".join(f"`{flag}`" for flag in conditions(objective)),
       origin(told["Source"]),
     )
@@ -132,6 +133,7 @@ def comparison() -> str:
     "frozen models",
     "pass before the update",
     "off policy",
+    "several updates",
     "conditions",
     "source",
   )

@@ -11,7 +11,7 @@ import pytest
 from docs import generate, objective_needs, objective_pages
 from opd_jax import cli, parsing
 from opd_jax import config as config_lib
-from opd_jax.objectives import OBJECTIVES
+from opd_jax.objectives import OBJECTIVES, base
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 PAGES = [REPO / "README.md", *sorted((REPO / "docs").rglob("*.md"))]
@@ -57,9 +57,11 @@ def test_every_objective_has_its_page():
   assert set(written) == {f"{name}.md" for name in (*OBJECTIVES, "sft")}
 
 
-def test_a_docstring_without_a_section_is_refused():
+def test_the_sections_of_docstrings_are_those_of_the_contract():
   text = inspect.cleandoc(OBJECTIVES["opd_k1"].__doc__)
   assert objective_pages.sections("opd_k1", text)["Descends"].startswith("KL(")
+  for section in (*objective_pages.REQUIRED, objective_pages.DIFFERS):
+    assert f"\n  {section}: " in base.__doc__
   for section in objective_pages.REQUIRED:
     lacking = text.replace(f"\n\n{section}: ", "\n\nOtherwise: ")
     with pytest.raises(ValueError, match=f"objective opd_k1: .*'{section}: '"):

@@ -35,12 +35,12 @@ Off policy: a ratio without clips on the policy gradient, none on the forward
 KL. The gate follows the current student.
 
 Use it when: the student draws many tokens that the teacher finds unlikely, as
-at the start with a distant teacher. The share outside the region is the total
-variation, so that a student close to its teacher trains as with `opd_k1`. The
-paper has 49.0 points without prefixes, averaged over three tests of
-mathematics, where plain distillation has 46.8 and bounded rewards 47.9; forward
-KL alone collapses. It costs what `gkd` costs; with outlier="mask" or "clip",
-what `opd_k1` does.
+at the start with a distant teacher. The share outside the region is expected to
+be the total variation, so that a student close to its teacher trains as with
+`opd_k1`. The paper has 49.0 points without prefixes, averaged over three tests
+of mathematics, where plain distillation has 46.8 and bounded rewards 47.9;
+forward KL alone collapses. It costs what `gkd` costs; with outlier="mask" or
+"clip", what `opd_k1` does.
 
 Source: Xing et al., arXiv 2606.01249, Sec. 4 and Tables 1 and 4; no training
 code is published.
