@@ -35,7 +35,10 @@ def conditions(objective: Objective) -> list[str]:
     field.name
     for field in dataclasses.fields(Needs)
     if field.name not in ROLES
-    and getattr(objective.needs, field.name) != field.default
+    and any(
+      getattr(needs, field.name) != field.default
+      for needs in (objective.needs, objective.prepare_needs)
+    )
   ]
 
 

@@ -7,7 +7,7 @@ Everything else is `gopd`'s. Needs a reference model.
 Descends: KL(student || target), the target beyond the teacher: log target = lam
 log teacher - (lam - 1) log reference, per token.
 
-Off policy: a truncated weight without clips, as in `gopd`.
+Off policy: a truncated weight for the sampler, without clips, as in `gopd`.
 
 Use it when: the teacher is a tuned copy of the reference and the student may
 end above it: the paper has the student 0.9 to 2.0 points over its teacher at

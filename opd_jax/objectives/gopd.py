@@ -20,7 +20,7 @@ sequences; the two agree at the last token only.)
 Descends: KL(student || target), log target = lam log teacher + (1 - lam) log
 reference, per token; by default the teacher itself.
 
-Off policy: a truncated weight without clips, from the current student.
+Off policy: a truncated weight for the sampler, without clips.
 
 Use it when: the student should stop between reference and teacher: the paper
 finds accuracy and answer length in between for lam in (0, 1). It is also

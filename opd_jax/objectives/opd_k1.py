@@ -28,13 +28,15 @@ noise, at the same passes of the models.
 Source: Thinking Machines Lab, "On-Policy Distillation" (2025), tinker-cookbook
 `distillation/train_on_policy.py`.
 
-Differs: the advantage uses the current student by default (as verl and G-OPD
+Differs: no mean is subtracted from the advantage, as in tinker's distillation.
+Log-ratios are not clamped before exp, where verl holds them in [-20, 20].
+verl's losses take k3, differentiated directly, by default: see `opd_k2`. An
+older page of slime's documentation prints KL(teacher || student); its code has
+this direction.
+
+The advantage uses the current student by default (as verl and G-OPD
 do), so that after the first of several updates the gradient stays that of the
-reverse KL; baseline="behavior" is tinker's form. No mean is subtracted from it,
-as in tinker's distillation. Log-ratios are not clamped before exp, where verl
-holds them in [-20, 20]. verl's losses take k3, differentiated directly, by
-default: see `opd_k2`. An older page of slime's documentation prints KL(teacher
-|| student); its code has this direction.
+reverse KL; baseline="behavior" is tinker's form.
 """
 
 import dataclasses
