@@ -18,7 +18,8 @@ Source: Thinking Machines Lab, "On-Policy Distillation" (2025), tinker-cookbook
 
 Differs: the advantage uses the current student by default (as verl and G-OPD
 do), so that after the first of several updates the gradient stays that of the
-reverse KL; baseline="behavior" is tinker's form.
+reverse KL, at the prefixes that were visited. baseline="behavior" is tinker's
+form, and then descends KL(student || teacher) - KL(student || behavior).
 """
 
 import dataclasses
