@@ -161,8 +161,7 @@ class Step(Update):
     self, state: TrainState, frozen: Frozen, batch: ScoringBatch
   ) -> tuple[TrainState, Metrics]:
     """All updates of a step; its metrics are means over them."""
-    objective = self.objective
-    if objective.needs.start or objective.prepare_needs.start:
+    if self.scores_start:
       start = self.start_logprobs(state.params, batch)
       batch = dataclasses.replace(batch, start_logprobs=start)
     parts = self.mini_batch_parts(batch)
@@ -196,6 +195,13 @@ class Step(Update):
       for name, values in found.items()
     }
     return dataclasses.replace(state, step=state.step + 1), metrics
+
+  @property
+  def scores_start(self) -> bool:
+    """Whether the student scores the rollout batch before the updates."""
+    needs = (self.objective.needs, self.objective.prepare_needs)
+    several = self.mini_batches * self.epochs > 1
+    return several and any(need.start for need in needs)
 
   def mini_batch_parts(self, batch: ScoringBatch) -> ScoringBatch:
     """[B, ...] -> [mini_batches, B / mini_batches, ...], by whole prompts.

@@ -12,9 +12,9 @@ estimator="k3+" has the same gradient and the k3 estimate as its value.
 
 There is no ratio: it is right for tokens drawn from the student's whole
 distribution as it is, and a run with a sampling filter, with a teacher that
-draws too, or with several updates per rollout batch is refused. Where the behavior
-differs, the expected gradient is sum_v behavior_v (s_v - t_v) grad s_v, which
-is that of no divergence: take `opd_k1`.
+draws too, or with several updates per rollout batch is refused. Where the
+behavior differs, the expected gradient is sum_v behavior_v (s_v - t_v) grad
+s_v, which is that of no divergence: take `opd_k1`.
 
 Source: k2 of Schulman, "Approximating KL divergence" (2020); as a loss, the
 direct form of verl's distillation losses.
