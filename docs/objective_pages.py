@@ -97,8 +97,9 @@ def told_by(name: str) -> dict[str, str]:
 
 
 def bind(name: str) -> Objective:
-  """An objective with its default options."""
-  return Objective.bind(name, MODULES[name], MODULES[name].Config())
+  """An objective with its default options, with one update per rollout."""
+  module = MODULES[name]
+  return Objective.bind(name, module, module.Config()).starting_here()
 
 
 def origin(source: str) -> str:
@@ -121,7 +122,7 @@ def comparison() -> str:
       ", ".join(frozen) or "none",
       prepare_pass(objective),
       cell(told["Off policy"]).partition(". ")[0].rstrip("."),
-      "no" if objective.needs.pure_sampling else "yes",
+      "no" if objective.needs.single_update else "yes",
       ", ".join(f"`{flag}`" for flag in conditions(objective)),
       origin(told["Source"]),
     )

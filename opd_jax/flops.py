@@ -62,6 +62,9 @@ def step(
   completion_length: float,
   frozen_prompt_length: float | None = None,
   reference: ModelConfig | None = None,
+  mixed: ModelConfig | None = None,
+  epochs: int = 1,
+  start: bool = False,
 ) -> float:
   """Operations of one step on real (not padded) tokens.
 
@@ -75,12 +78,18 @@ def step(
     frozen_prompt_length: tokens per prompt that frozen models read; None for
       the student's.
     reference: a model that scores every row after the student's prompts.
+    mixed: a model that is drawn from beside the student.
+    epochs: passes over the rows, each with an update of its own.
+    start: the student scores every row once more before the first of them.
   """
   drawn = rows * completion_length
-  prefill = forward(
-    student, prompts * prompt_length, prompt_length / 2, prompts
-  )
-  decode = forward(student, drawn, prompt_length + completion_length / 2, drawn)
+
+  def draw(config: ModelConfig) -> float:
+    prefill = forward(
+      config, prompts * prompt_length, prompt_length / 2, prompts
+    )
+    context = prompt_length + completion_length / 2
+    return prefill + forward(config, drawn, context, drawn)
 
   def score(config: ModelConfig, before: float) -> float:
     length = before + completion_length
@@ -91,7 +100,9 @@ def step(
   scores = [score(config, frozen_prompt_length) for config in frozen]
   if reference is not None:
     scores.append(score(reference, prompt_length))
-  return prefill + decode + 3 * score(student, prompt_length) + sum(scores)
+  own = score(student, prompt_length)
+  drawing = draw(student) + (draw(mixed) if mixed is not None else 0.0)
+  return drawing + start * own + epochs * (3 * own + sum(scores))
 
 
 def supervised(

@@ -201,7 +201,9 @@ class _GradientLoop:
     def chunk_loss(states: Any, head: Params, part: Any) -> Any:
       scores, observed = self._chunk_scores(states, head, part)
       signals = dataclasses.replace(self.signals, token=part["signals"])
-      bundle = bundle_scores(part["batch"], {**part["known"], **scores})
+      bundle = bundle_scores(
+        part["batch"], {**part["known"], **scores}, self.objective.needs
+      )
       loss, losses, statistics = self._reduce(
         *self.objective.terms(bundle, signals), bundle.loss_mask
       )
@@ -224,7 +226,7 @@ class _GradientLoop:
 
     def rows_loss(trained_fields: Mapping[str, ModelScores]) -> Any:
       bundle = bundle_scores(
-        self.batch, {**self.known, **others, **trained_fields}
+        self.batch, {**self.known, **others, **trained_fields}, needs
       )
       loss, losses, statistics = self._reduce(
         *self.objective.terms(bundle, self.signals), bundle.loss_mask
@@ -326,12 +328,13 @@ def add_trees(left: Params, right: Params) -> Params:
   return total
 
 
-def _token_fields(batch: ScoringBatch) -> dict[str, Array]:
+def _token_fields(batch: ScoringBatch) -> dict[str, Array | None]:
   names = (
     "tokens",
     "sampled_mask",
     "loss_mask",
     "behavior_valid",
     "behavior_logprobs",
+    "start_logprobs",
   )
   return {name: getattr(batch, name) for name in names}

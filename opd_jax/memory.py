@@ -155,9 +155,14 @@ def shard_bytes(tree: Any) -> int:
   )
 
 
-def decode_copy(step: Step) -> list[jax.ShapeDtypeStruct]:
-  """The student's weights while it samples, without those used in place."""
-  dtype = step.decoder.compute_dtype
+def decode_copy(held: Params, decoder: Model) -> list[jax.ShapeDtypeStruct]:
+  """A model's weights while it samples, without those used in place.
+
+  Args:
+    held: shapes, dtypes and places of its weights at all times.
+    decoder: the model in the decode layout.
+  """
+  dtype = decoder.compute_dtype
 
   def copied(path: Any, old: Any, new: Any) -> Any:
     cast = new.dtype if path[-1].key == "scale" else jnp.dtype(dtype)
@@ -166,11 +171,8 @@ def decode_copy(step: Step) -> list[jax.ShapeDtypeStruct]:
       return None
     return jax.ShapeDtypeStruct(new.shape, cast, sharding=new.sharding)
 
-  masters = step.scorer.student.abstract_params()
-  copies = step.decoder.abstract_params()
-  return jax.tree.leaves(
-    jax.tree_util.tree_map_with_path(copied, masters, copies)
-  )
+  copies = decoder.abstract_params()
+  return jax.tree.leaves(jax.tree_util.tree_map_with_path(copied, held, copies))
 
 
 def cache(model: Model, rows: int, slots: int) -> KVCache:
@@ -225,12 +227,33 @@ def _frozen(step: Step) -> dict[str, Model]:
 def _sampling(
   step: Step, sizes: Decoding, phase: Phase, prefix: str
 ) -> Iterable[Part]:
-  model = step.decoder
+  yield from _decoder(
+    step.decoder,
+    step.scorer.student.abstract_params(),
+    sizes,
+    phase,
+    prefix,
+  )
+  teacher = step.scorer.teacher
+  if phase == "sampling" and step.teacher_decoder and teacher:
+    yield from _decoder(
+      step.teacher_decoder,
+      teacher.abstract_params(teacher.compute_dtype),
+      sizes,
+      phase,
+      "teacher: ",
+    )
+
+
+def _decoder(
+  model: Model, held: Params, sizes: Decoding, phase: Phase, prefix: str
+) -> Iterable[Part]:
+  """What a model that draws needs while it does."""
   slots = sizes.window + sizes.length
   rows = sizes.prompts * sizes.rollouts
   yield Part(
     name=f"{prefix}decode copy",
-    size=shard_bytes(decode_copy(step)),
+    size=shard_bytes(decode_copy(held, model)),
     phase=phase,
     exact=True,
     formula=(
@@ -273,7 +296,8 @@ def _update(
   models = [student, *frozen.values()]
   length = step.sampling.max_new_tokens
   slots = window + length
-  rows = _share(rows // step.micro_batches, student.layout)
+  parts = step.mini_batches * step.micro_batches
+  rows = _share(rows // parts, student.layout)
   gradients = shard_bytes(student.abstract_params())
   if step.micro_batches > 1:
     yield Part(

@@ -12,7 +12,8 @@ from opd_jax.types import Params
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
   """Linear warm-up to the peak rate, then the schedule until `steps`.
 
-  The first of n warm-up steps has rate peak / n, the last the peak itself.
+  The first of n warm-up steps has rate peak / n, the last the peak itself. The
+  step may be a fraction: update u of U in step n is at n + u / U.
   """
   peak = config.learning_rate
   after = max(steps - config.warmup_steps - 1, 1)
@@ -29,8 +30,17 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
   return optax.join_schedules([warmup, body], [config.warmup_steps])
 
 
-def build(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-  """Global-norm clipping, then AdamW; decay for matrices only."""
+def build(
+  config: OptimizerConfig, steps: int, updates: int = 1
+) -> optax.GradientTransformation:
+  """Global-norm clipping, then AdamW; decay for matrices only.
+
+  Args:
+    config: of the optimizer.
+    steps: of the whole run.
+    updates: U, per step.
+  """
+  rate = learning_rate(config, steps)
 
   def decayed(params: Params) -> Any:
     return jax.tree_util.tree_map_with_path(
@@ -38,7 +48,7 @@ def build(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     )
 
   adamw = optax.adamw(
-    learning_rate(config, steps),
+    rate if updates == 1 else lambda count: rate(count / updates),
     b1=config.b1,
     b2=config.b2,
     eps=config.eps,

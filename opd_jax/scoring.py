@@ -304,9 +304,14 @@ class Chunks:
 
 
 def bundle_scores(
-  batch: ScoringBatch, scores: Mapping[str, ModelScores]
+  batch: ScoringBatch, scores: Mapping[str, ModelScores], needs: Needs
 ) -> Scores:
   """The objective's view of some tokens; absent roles hold no field."""
+  start = ABSENT
+  if needs.start:
+    start = batch.start_logprobs
+    if start is None:
+      start = jax.lax.stop_gradient(scores["student"].logprobs)
   return Scores(
     tokens=batch.tokens,
     sampled_mask=batch.sampled_mask,
@@ -314,5 +319,6 @@ def bundle_scores(
     behavior_valid=batch.behavior_valid,
     behavior_logprobs=jnp.where(batch.loss_mask, batch.behavior_logprobs, 0.0),
     group=batch.group,
+    start_logprobs=start,
     **{role: scores.get(role, ModelScores()) for role in ROLES},
   )

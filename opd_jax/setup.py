@@ -75,6 +75,7 @@ def prepare(config: RunConfig) -> Setup:
   """
   objective = objectives.create(config.objective)
   _check_supported(objective)
+  _check_updates(config, objective)
   _check_reference(config, objective)
   models = {}
   for role, source in (
@@ -118,7 +119,7 @@ def prepare(config: RunConfig) -> Setup:
     if obstacle is None or "tokenizers_differ" in config.preflight.allow:
       raise
     raise InputError(obstacle) from error
-  _check_sampling(config, objective)
+  _check_sampling(config, objective, prompts)
   _check_windows(config, models, prompts)
   problems = evaluate.of_run(
     config.eval, config.sampling, student_tokenizer, models["student"]
@@ -232,15 +233,27 @@ def make_step(setup: Setup, mesh: Mesh | None = None) -> Step:
     temperature=config.sampling.temperature or 1.0,
     chunk_tokens=config.batch.chunk_tokens,
   )
+  teacher_mix = config.rollout.teacher_mix
+  teacher_decoder = None
+  if teacher_mix > 0:
+    teacher_decoder = Model(setup.teacher, decode, config.teacher.compute_dtype)
+    try:
+      teacher_decoder.abstract_params()
+    except InputError as error:
+      raise InputError(f"teacher, which draws too: {error}") from error
   return Step(
     decoder=Model(setup.student, decode, config.student.compute_dtype),
+    teacher_decoder=teacher_decoder,
+    teacher_mix=teacher_mix,
     scorer=scorer,
     objective=setup.objective,
-    optimizer=optim.build(config.optimizer, config.steps),
+    optimizer=optim.build(config.optimizer, config.steps, config.batch.updates),
     learning_rate=optim.learning_rate(config.optimizer, config.steps),
     sampling=config.sampling,
     stop_ids=setup.stop_ids,
     rollouts=config.batch.rollouts,
+    mini_batches=config.batch.mini_batches,
+    epochs=config.batch.epochs,
     micro_batches=config.batch.micro_batches,
     steps=config.steps,
     seed=config.seed,
@@ -257,6 +270,18 @@ def _check_supported(objective: Objective) -> None:
   if needs.host:
     raise InputError(
       f"objective {objective.name} needs a host stage, and none is registered"
+    )
+
+
+def _check_updates(config: RunConfig, objective: Objective) -> None:
+  """Raises where an objective is not defined for a student that has moved."""
+  batch = config.batch
+  if objective.needs.single_update and batch.updates > 1:
+    raise InputError(
+      f"objective {objective.name} is right only for tokens of the student as "
+      f"it is, and batch.mini_batches x batch.epochs = {batch.mini_batches} x "
+      f"{batch.epochs} would update it between; set both to 1, or take opd_k1, "
+      "whose ratio weighs for the difference"
     )
 
 
@@ -299,7 +324,10 @@ def _check_windows(
       )
 
 
-def _check_sampling(config: RunConfig, objective: Objective) -> None:
+def _check_sampling(
+  config: RunConfig, objective: Objective, prompts: Prompts
+) -> None:
+  """Raises unless the objective is right for how the tokens are drawn."""
   if objective.needs.pure_sampling and not config.sampling.is_pure:
     sampling = config.sampling
     raise InputError(
@@ -309,17 +337,36 @@ def _check_sampling(config: RunConfig, objective: Objective) -> None:
       f"{sampling.top_p}, min_p = {sampling.min_p}; leave the filters out with "
       "a temperature > 0, or take opd_k1, whose ratio weighs for them"
     )
+  mix = config.rollout.teacher_mix
+  if mix == 0:
+    return
+  if objective.needs.pure_sampling:
+    raise InputError(
+      f"objective {objective.name} is right only for tokens drawn from the "
+      f"student's whole distribution, and got rollout.teacher_mix = {mix}; set "
+      "it to 0, or take opd_k1 or minillm, whose ratios weigh for the mixture"
+    )
+  if prompts.teacher_window is not None:
+    raise InputError(
+      f"rollout.teacher_mix = {mix} draws from the teacher after the student's "
+      "prompts, and a source has a teacher_prompt; leave out one of the two"
+    )
 
 
 def _check_batch(config: RunConfig, shards: int) -> None:
   batch = config.batch
-  rows = batch.prompts * batch.rollouts // batch.micro_batches
+  prompts = batch.prompts // batch.mini_batches
+  rows = prompts * batch.rollouts // batch.micro_batches
+  named = f"batch.prompts = {batch.prompts}"
+  if batch.mini_batches > 1:
+    named = f"{named} / batch.mini_batches = {prompts}"
   for name, size in (
-    (f"batch.prompts = {batch.prompts}", batch.prompts),
+    (named, prompts),
     (f"rows of a micro-batch = {rows}", rows),
   ):
     if size % shards:
       raise InputError(
         f"{name} is not divisible by the {shards} shards of the batch (mesh "
-        "replica x fsdp); change batch.prompts, batch.micro_batches or mesh"
+        "replica x fsdp); change batch.prompts, batch.mini_batches, "
+        "batch.micro_batches or mesh"
       )

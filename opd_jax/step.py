@@ -8,18 +8,24 @@
 
 `fused` is 1-5 in one program. `split` is 1-2 and 3-5 in two, for objectives
 that need the host in between. They are made of the same functions and draw the
-same tokens. Programs are compiled ahead of the first step and cannot recompile.
+same tokens. 3-5 may be repeated, on parts of the batch and in several passes
+over it, inside the same program. Programs are compiled ahead of the first step
+and cannot recompile.
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from opd_jax import sampling
 from opd_jax.config import SamplingConfig
 from opd_jax.models import Model
+from opd_jax.objectives.base import Needs, Request
+from opd_jax.sampling import Decoder
 from opd_jax.scoring import Observed
 from opd_jax.types import (
   STOP_LENGTH,
@@ -30,7 +36,10 @@ from opd_jax.types import (
   StepInputs,
   TrainState,
 )
-from opd_jax.update import Frozen, Metrics, Update
+from opd_jax.update import Frozen, Metrics, Turn, Update
+
+# Metrics that are about the student that drew the tokens: of the first update.
+_OF_THE_FIRST = ("mismatch/mean", "mismatch/max", "teacher/kl")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,15 +48,23 @@ class Step(Update):
 
   Attributes:
     decoder: the student in the decode layout.
+    teacher_decoder: the teacher in it; None where it draws nothing.
+    teacher_mix: its weight in the mixture that tokens are drawn from.
     sampling: how completions are drawn.
     stop_ids: that end them.
     rollouts: G, completions per prompt.
+    mini_batches: parts of the rollout batch that get an update each.
+    epochs: passes over the rollout batch.
   """
 
   decoder: Model
+  teacher_decoder: Model | None = None
+  teacher_mix: float = 0.0
   sampling: SamplingConfig
   stop_ids: tuple[int, ...]
   rollouts: int
+  mini_batches: int = 1
+  epochs: int = 1
 
   @jax.named_scope("rollout")
   def rollout(
@@ -63,9 +80,10 @@ class Step(Update):
       tokens=layout.constrain(inputs.prompts.tokens, ("batch", None)),
       lengths=layout.constrain(inputs.prompts.lengths, ("batch",)),
     )
+    decoder, weights = self._drawing(params, frozen)
     return sampling.sample(
-      self.decoder,
-      self.decoder.working_copy(params),
+      decoder,
+      weights,
       prompts,
       config=self.sampling,
       stop_ids=self.stop_ids,
@@ -73,6 +91,26 @@ class Step(Update):
       key=self._key(step),
       vocab_size=self.scorer.vocab_size,
     )
+
+  def _drawing(self, params: Params, frozen: Frozen) -> tuple[Decoder, Params]:
+    """What tokens are drawn from, and its weights in the decode layout."""
+    weights = self.decoder.working_copy(params)
+    if self.teacher_decoder is None:
+      return self.decoder, weights
+    mixed = sampling.MixedDecoder(
+      student=self.decoder,
+      teacher=self.teacher_decoder,
+      teacher_mix=self.teacher_mix,
+      temperature=self.sampling.temperature,
+      vocab_size=self.scorer.vocab_size,
+    )
+    teacher = self.teacher_decoder.working_copy(frozen["teacher"])
+    return mixed, {"student": weights, "teacher": teacher}
+
+  @property
+  def pure_sampling(self) -> bool:
+    """Whether tokens are drawn from the student's whole distribution."""
+    return self.sampling.is_pure and self.teacher_decoder is None
 
   def score(self, frozen: Frozen, batch: ScoringBatch) -> Observed:
     """What the frozen models say of the drawn tokens, by itself."""
@@ -87,9 +125,7 @@ class Step(Update):
       )
       return observed
 
-    if self.micro_batches == 1:
-      return score_part(batch)
-    return self._join(jax.lax.map(score_part, self._cut(batch)))
+    return self._by_parts(score_part, batch)
 
   def train(
     self, state: TrainState, frozen: Frozen, inputs: StepInputs
@@ -108,15 +144,99 @@ class Step(Update):
   ) -> tuple[TrainState, Metrics]:
     """The second half of `train`, the rollout being given."""
     batch = self.scoring_batch(rollout, inputs)
-    state, metrics = self.update(
-      state, frozen, batch, pure_sampling=self.sampling.is_pure
-    )
+    if self.mini_batches * self.epochs == 1:
+      state, metrics = self.update(
+        state, frozen, batch, pure_sampling=self.pure_sampling
+      )
+    else:
+      state, metrics = self._updates(state, frozen, batch)
     metrics = {**metrics, **rollout_metrics(rollout)}
     if inputs.teacher_prompts is not None:
       metrics["teacher/prompt_length_mean"] = jnp.mean(
         inputs.teacher_prompts.lengths, dtype=jnp.float32
       )
     return state, metrics
+
+  def _updates(
+    self, state: TrainState, frozen: Frozen, batch: ScoringBatch
+  ) -> tuple[TrainState, Metrics]:
+    """All updates of a step; its metrics are means over them."""
+    if self.scores_start:
+      start = self.start_logprobs(state.params, batch)
+      batch = dataclasses.replace(batch, start_logprobs=start)
+    parts = self.mini_batch_parts(batch)
+    count = self.mini_batches * self.epochs
+
+    def body(
+      state: TrainState, number: Int[Array, ""]
+    ) -> tuple[TrainState, Metrics]:
+      mini_batch = number % self.mini_batches
+      turn = Turn(mini_batch, number.astype(jnp.float32) / count)
+      part = jax.tree.map(
+        lambda leaf: jax.lax.dynamic_index_in_dim(
+          leaf, mini_batch, keepdims=False
+        ),
+        parts,
+      )
+      new, metrics = self.update(
+        state, frozen, part, pure_sampling=self.pure_sampling, turn=turn
+      )
+      # The step is the rollout batch: it ends behind the last update.
+      return dataclasses.replace(new, step=state.step), metrics
+
+    numbers = jnp.arange(count, dtype=jnp.int32)
+    state, found = jax.lax.scan(body, state, numbers)
+    metrics = {
+      name: values[0]
+      if name in _OF_THE_FIRST
+      else jnp.max(values)
+      if name.endswith("max")
+      else jnp.mean(values)
+      for name, values in found.items()
+    }
+    return dataclasses.replace(state, step=state.step + 1), metrics
+
+  @property
+  def scores_start(self) -> bool:
+    """Whether the student scores the rollout batch before the updates."""
+    needs = (self.objective.needs, self.objective.prepare_needs)
+    several = self.mini_batches * self.epochs > 1
+    return several and any(need.start for need in needs)
+
+  def mini_batch_parts(self, batch: ScoringBatch) -> ScoringBatch:
+    """[B, ...] -> [mini_batches, B / mini_batches, ...], by whole prompts.
+
+    Mini-batch m has the prompts m, m + mini_batches, ...; groups are numbered
+    anew in each.
+    """
+    parts = self._cut(batch, self.mini_batches, together=self.rollouts)
+    return dataclasses.replace(parts, group=parts.group // self.mini_batches)
+
+  @jax.named_scope("start")
+  def start_logprobs(
+    self, params: Params, batch: ScoringBatch
+  ) -> Float[Array, "B T"]:
+    """What the student says of the drawn tokens, without gradient."""
+    needs = Needs(student=Request(logprobs=True))
+    head = self.scorer.head("student", params)
+
+    def score_part(part: ScoringBatch) -> Float[Array, "B T"]:
+      hidden = self.scorer.hidden("student", params, part)
+      fields, _ = self.scorer.fields(
+        needs, {"student": hidden}, {"student": head}, part
+      )
+      return fields["student"].logprobs
+
+    return self._by_parts(score_part, batch)
+
+  def _by_parts(
+    self, function: Callable[[ScoringBatch], Any], batch: ScoringBatch
+  ) -> Any:
+    """Applies a function of rows to as many rows at a time as an update."""
+    parts = self.mini_batches * self.micro_batches
+    if parts == 1:
+      return function(batch)
+    return self._join(jax.lax.map(function, self._cut(batch, parts)))
 
   def scoring_batch(self, rollout: Rollout, inputs: StepInputs) -> ScoringBatch:
     """All drawn tokens carry loss and have a behavior log-probability."""

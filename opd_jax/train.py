@@ -151,6 +151,9 @@ class Distillation:
       completion_length=record["rollout/length_mean"],
       frozen_prompt_length=record.get("teacher/prompt_length_mean"),
       reference=self._setup.reference,
+      mixed=self._setup.teacher if self.config.rollout.teacher_mix else None,
+      epochs=batch.epochs,
+      start=self._step.scores_start,
     )
     return Work(tokens=record["rollout/tokens"], operations=operations)
 
@@ -235,6 +238,16 @@ def describe(setup: Setup, step: Step) -> Iterator[str]:
     f"most {config.sampling.max_new_tokens} new tokens, stop ids "
     f"{list(setup.stop_ids)}"
   )
+  if config.batch.updates > 1:
+    yield (
+      f"updates: {config.batch.updates} per step, {config.batch.mini_batches} "
+      f"mini-batches x {config.batch.epochs} epochs"
+    )
+  if config.rollout.teacher_mix > 0:
+    yield (
+      f"drawn from {config.rollout.teacher_mix:g} x teacher + "
+      f"{1 - config.rollout.teacher_mix:g} x student"
+    )
   yield f"{loop.devices(step.scorer.student)}, {config.mode} step"
 
 

@@ -124,6 +124,8 @@ class ScoringBatch:
     behavior_valid: `behavior_logprobs` exists for this token.
     behavior_logprobs: nats, under the distribution that drew the token.
     group: the prompt's index in the global batch.
+    start_logprobs: nats, of the student before the first of several updates on
+      these rows; None where this is the first.
     packing: of rows that hold several examples each: then prompt and
       completion are one run of slots, cut behind the first; None for rows of
       one prompt and one completion.
@@ -139,6 +141,7 @@ class ScoringBatch:
   behavior_valid: Bool[Array, "B T"]
   behavior_logprobs: Float[Array, "B T"]
   group: Int[Array, " B"]
+  start_logprobs: Float[Array, "B T"] | None = None
   packing: Packing | None = None
 
 
@@ -177,6 +180,9 @@ class Scores:
     student_privileged: the student after the second, privileged prompt.
     teacher: the frozen teacher.
     reference: the frozen reference.
+    start_logprobs: nats of the completion token, of the student at the start
+      of the step's updates, as it is scored: unlike the behavior, without
+      filters and mixtures. Without gradient.
   """
 
   tokens: Int[Array, "B T"]
@@ -189,6 +195,7 @@ class Scores:
   student_privileged: ModelScores
   teacher: ModelScores
   reference: ModelScores
+  start_logprobs: Float[Array, "B T"] = ABSENT
 
 
 @jax.tree_util.register_dataclass
@@ -197,7 +204,7 @@ class TrainState:
   """What a step changes, and a checkpoint holds.
 
   Attributes:
-    step: updates done.
+    step: steps done, each a rollout batch.
     params: float32 master weights of the student.
     optimizer: state of the optax chain.
     objective: the objective's own arrays across steps; `{}` if it has none.

@@ -8,7 +8,7 @@ by the student (`step.py`), or packed examples (`sft.py`).
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,18 @@ Frozen = Mapping[str, Params]
 
 # Folded into the key of a step for the objective; the sampler folds in rows.
 _OBJECTIVE = 2**31 - 1
+
+
+class Turn(NamedTuple):
+  """Which of several updates of a step one is.
+
+  Attributes:
+    mini_batch: the part of the rollout batch that it learns from.
+    progress: part of the step's updates done before it, in [0, 1).
+  """
+
+  mini_batch: Int[Array, ""]
+  progress: Float[Array, ""]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,22 +85,29 @@ class Update:
 
   @jax.named_scope("gradient")
   def gradient(
-    self, state: TrainState, frozen: Frozen, batch: ScoringBatch
+    self,
+    state: TrainState,
+    frozen: Frozen,
+    batch: ScoringBatch,
+    turn: Turn | None = None,
   ) -> Evaluation:
-    """Value and gradient of the objective on a whole batch."""
+    """Value and gradient of the objective on the whole batch of an update."""
     parameters = Parameters(student=state.params, **frozen)
     counts = reduce.Counts.of(batch.loss_mask)
-    schedule = self.schedule(state.step)
+    schedule = self.schedule(state.step, turn)
+    objective = self.objective
+    if batch.start_logprobs is None:
+      objective = objective.starting_here()
 
     def prepare(fields: Mapping[str, ModelScores]) -> Signals:
-      bundle = bundle_scores(batch, fields)
-      return self.objective.prepare(bundle, state.objective, schedule)
+      bundle = bundle_scores(batch, fields, objective.prepare_needs)
+      return objective.prepare(bundle, state.objective, schedule)
 
     if self.micro_batches == 1:
       return evaluate(
-        self.scorer, self.objective, parameters, batch, counts, prepare
+        self.scorer, objective, parameters, batch, counts, prepare
       )
-    return self._accumulate(parameters, batch, counts, prepare)
+    return self._accumulate(objective, parameters, batch, counts, prepare)
 
   def update(
     self,
@@ -97,6 +116,7 @@ class Update:
     batch: ScoringBatch,
     *,
     pure_sampling: bool,
+    turn: Turn | None = None,
   ) -> tuple[TrainState, Metrics]:
     """Scores, descends and updates on rows that exist.
 
@@ -106,8 +126,10 @@ class Update:
       batch: the rows.
       pure_sampling: whether the student drew the tokens from its whole
         distribution; see `step_metrics`.
+      turn: which of several updates of the step this is; None for the only
+        one.
     """
-    evaluation = self.gradient(state, frozen, batch)
+    evaluation = self.gradient(state, frozen, batch, turn)
     with jax.named_scope("optimizer"):
       updates, optimizer = self.optimizer.update(
         evaluation.gradients, state.optimizer, state.params
@@ -120,21 +142,27 @@ class Update:
         self.objective.update_state(state.objective, evaluation.statistics)
       ),
     )
+    now = state.step if turn is None else state.step + turn.progress
     metrics = {
       **step_metrics(evaluation, batch, pure_sampling),
       "optimizer/grad_norm": optax.tree.norm(evaluation.gradients),
       "optimizer/learning_rate": jnp.asarray(
-        self.learning_rate(state.step), jnp.float32
+        self.learning_rate(now), jnp.float32
       ),
     }
+    if turn is not None and pure_sampling:
+      metrics |= drift_metrics(evaluation, batch)
     return new_state, metrics
 
-  def schedule(self, step: Int[Array, ""]) -> Schedule:
-    """What an objective knows of the place of a step in the run."""
+  def schedule(
+    self, step: Int[Array, ""], turn: Turn | None = None
+  ) -> Schedule:
+    """What an objective knows of the place of an update in the run."""
+    key = jax.random.fold_in(self._key(step), _OBJECTIVE)
+    if turn is not None:
+      key = jax.random.fold_in(key, turn.mini_batch)
     return Schedule(
-      step=step,
-      progress=step.astype(jnp.float32) / self.steps,
-      key=jax.random.fold_in(self._key(step), _OBJECTIVE),
+      step=step, progress=step.astype(jnp.float32) / self.steps, key=key
     )
 
   def _key(self, step: Int[Array, ""]) -> Key[Array, ""]:
@@ -142,26 +170,29 @@ class Update:
 
   def _accumulate(
     self,
+    objective: Objective,
     parameters: Parameters,
     batch: ScoringBatch,
     counts: reduce.Counts,
     prepare: Any,
   ) -> Evaluation:
     """Sums the evaluation over micro-batches, every normaliser being global."""
-    parts = self._cut((batch, counts.tokens_in_row))
+    parts = self._cut((batch, counts.tokens_in_row), self.micro_batches)
 
     def fields_of(part: Any) -> Any:
-      return self.scorer.prepare_fields(self.objective, parameters, part[0])
+      return self.scorer.prepare_fields(objective, parameters, part[0])
 
     found = jax.lax.map(fields_of, parts)
     signals = prepare(self._join(found[0]))
-    by_row = self._cut((dict(signals.token), dict(signals.row)))
+    by_row = self._cut(
+      (dict(signals.token), dict(signals.row)), self.micro_batches
+    )
 
     def evaluate_part(part: Any) -> Evaluation:
       (rows, tokens_in_row), fields, (token, row) = part
       return evaluate(
         self.scorer,
-        self.objective,
+        objective,
         parameters,
         rows,
         dataclasses.replace(counts, tokens_in_row=tokens_in_row),
@@ -185,14 +216,20 @@ class Update:
     total, observed = jax.lax.scan(body, zero, scanned)
     return dataclasses.replace(total, observed=self._join(observed))
 
-  def _cut(self, tree: Any) -> Any:
-    """[B, ...] -> [parts, B / parts, ...], every shard keeping its rows."""
+  def _cut(self, tree: Any, parts: int, together: int = 1) -> Any:
+    """[B, ...] -> [parts, B / parts, ...], every shard keeping its rows.
+
+    Args:
+      tree: of arrays.
+      parts: that every group of `parts` neighbours is dealt out to.
+      together: rows in a row that count as one neighbour.
+    """
     layout = self.scorer.student.layout
 
     def leaf(array: Array) -> Array:
-      rows = array.shape[0] // self.micro_batches
-      shape = (rows, self.micro_batches, *array.shape[1:])
+      shape = (-1, parts, together, *array.shape[1:])
       array = array.reshape(shape).swapaxes(0, 1)
+      array = array.reshape(parts, -1, *array.shape[3:])
       axes = (None, "batch") + (None,) * (array.ndim - 2)
       return layout.constrain(array, axes)
 
@@ -245,6 +282,27 @@ def abstract_state(
     shapes,
     places,
   )
+
+
+def drift_metrics(evaluation: Evaluation, batch: ScoringBatch) -> Metrics:
+  """How far the student has moved since it drew the tokens.
+
+  With r = student / behavior of a drawn token, `drift/kl` is the mean of
+  r - 1 - log r, an estimate of KL(behavior || student) in nats, never negative;
+  `drift/ratio_max` is the largest r.
+  """
+  student = evaluation.observed.get("student")
+  if student is None:
+    return {}
+  valid = batch.loss_mask & batch.behavior_valid
+  log_ratio = student["logprobs"] - batch.behavior_logprobs
+  log_ratio = jnp.where(valid, log_ratio, 0.0)
+  estimate = jnp.expm1(log_ratio) - log_ratio
+  count = jnp.maximum(jnp.sum(valid, dtype=jnp.float32), 1.0)
+  return {
+    "drift/kl": jnp.sum(estimate) / count,
+    "drift/ratio_max": jnp.max(jnp.exp(log_ratio), where=valid, initial=0.0),
+  }
 
 
 def step_metrics(

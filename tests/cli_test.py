@@ -107,6 +107,37 @@ BAD_CONFIGS = {
     ["objective.name=opd_k2", "sampling.top_p=0.9"],
     ["objective opd_k2", "whole distribution", "top_p = 0.9", "take opd_k1"],
   ),
+  "mixture without a correction": (
+    ["objective.name=opd_k2", "rollout.teacher_mix=0.2"],
+    ["objective opd_k2", "rollout.teacher_mix = 0.2", "or take opd_k1 or min"],
+  ),
+  "mixture of nothing drawn": (
+    ["sampling.temperature=0", "rollout.teacher_mix=0.2"],
+    ["rollout.teacher_mix = 0.2", "sampling.temperature > 0"],
+  ),
+  "mixture with the teacher's prompts": (
+    [
+      "data.sources.texts.teacher_prompt={'text': 'Go! {text}'}",
+      "rollout.teacher_mix=0.2",
+    ],
+    ["rollout.teacher_mix = 0.2", "teacher_prompt", "leave out one"],
+  ),
+  "all of the teacher": (
+    ["rollout.teacher_mix=1.0"],
+    ["rollout.teacher_mix must be in [0, 1), got 1.0"],
+  ),
+  "updates of a student that has moved": (
+    ["objective.name=opd_k2", "batch.epochs=2"],
+    ["objective opd_k2", "1 x 2", "take opd_k1"],
+  ),
+  "mini-batches that cut a prompt's rollouts": (
+    ["batch.mini_batches=3"],
+    ["batch.mini_batches=3 does not divide batch.prompts=8", "together"],
+  ),
+  "micro-batches of a mini-batch": (
+    ["batch.mini_batches=2", "batch.micro_batches=8"],
+    ["batch.micro_batches=8", "the 4 rows of an update"],
+  ),
   "support without a size": (
     ["objective={'name': 'gkd', 'support': 'union'}"],
     ["objective gkd: ", "support 'union' needs top_k"],

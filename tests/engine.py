@@ -69,6 +69,7 @@ def objective_of(name):
   options["opd_k1_discount"] = {"name": "opd_k1", "discount": 0.7}
   options["aopd"] = {"name": "aopd", "top_k": 5}
   options["tropd"] = {"name": "tropd", "top_k": 5}
+  options["minillm"] = {"name": "minillm", "clip": 0.9}
   options["reopold_refining"] = {"name": "reopold", "switch": 0.0}
   return objectives.create(options.get(name, {"name": name}))
 
@@ -85,6 +86,7 @@ OBJECTIVES = (
   "reopold",
   "reopold_refining",
   "exopd",
+  "minillm",
   "aopd",
   "tropd",
   "constant_negative_advantage",

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from opd_jax.config.checks import require
 from opd_jax.config.data import DataConfig, SftDataConfig
 from opd_jax.config.measure import EvalConfig, HeldOutConfig
+from opd_jax.config.rollout import RolloutConfig
 from opd_jax.config.step import (
   BatchConfig,
   MeshConfig,
@@ -97,7 +98,8 @@ class RunConfig:
       for the others.
     data: the prompts.
     sampling: how the student draws.
-    batch: rows per step.
+    rollout: who writes the completions.
+    batch: rows per step, and updates.
     objective: `name` of an objective, and its own options.
     optimizer: how the gradient is applied.
     mesh: how many devices each parallel axis has.
@@ -106,7 +108,8 @@ class RunConfig:
     preflight: what is looked at before the run.
     checkpoint: what is saved.
     log: what is told.
-    steps: updates to make.
+    steps: rollout batches to learn from, which are the updates to make unless
+      `batch` asks for several per rollout batch.
     seed: of the data order and of every draw.
     mode: "fused" runs rollout, scoring and update as one program; "split" as
       two with the host between them. Tokens and weights are the same.
@@ -117,6 +120,7 @@ class RunConfig:
   reference: ModelSource | None = None
   data: DataConfig
   sampling: SamplingConfig = SamplingConfig()
+  rollout: RolloutConfig = RolloutConfig()
   batch: BatchConfig = BatchConfig()
   objective: Mapping[str, Any]
   optimizer: OptimizerConfig = OptimizerConfig()
@@ -132,6 +136,12 @@ class RunConfig:
 
   def __post_init__(self):
     require(self.steps >= 1, f"steps must be >= 1, got {self.steps}")
+    require(
+      self.rollout.teacher_mix == 0 or self.sampling.temperature > 0,
+      f"rollout.teacher_mix = {self.rollout.teacher_mix} needs "
+      "sampling.temperature > 0: a mixture is drawn from, and greedy decoding "
+      "draws nothing; set the temperature, or leave teacher_mix out",
+    )
     require(
       0 <= self.seed < 2**31, f"seed must be in [0, 2**31), got {self.seed}"
     )

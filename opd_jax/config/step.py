@@ -101,26 +101,44 @@ class BatchConfig:
   Attributes:
     prompts: prompts per step, over all devices and hosts.
     rollouts: G, completions per prompt.
-    micro_batches: the gradient is accumulated over so many parts of the batch
-      inside the compiled step; every normaliser stays global.
+    mini_batches: parts of the rollout batch that get an update each, by whole
+      prompts; means and normalisers are those of the part.
+    epochs: passes over the rollout batch; a step makes mini_batches x epochs
+      updates.
+    micro_batches: the gradient of an update is accumulated over so many parts
+      of its batch inside the compiled step; every normaliser stays global.
     chunk_tokens: next-token distributions that exist at the same time, per
       shard of the batch.
   """
 
   prompts: int = 16
   rollouts: int = 1
+  mini_batches: int = 1
+  epochs: int = 1
   micro_batches: int = 1
   chunk_tokens: int = 256
+
+  @property
+  def updates(self) -> int:
+    """Updates per step."""
+    return self.mini_batches * self.epochs
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
       require(value >= 1, f"batch.{field.name} must be >= 1, got {value}")
-    rows = self.prompts * self.rollouts
+    require(
+      self.prompts % self.mini_batches == 0,
+      f"batch.mini_batches={self.mini_batches} does not divide "
+      f"batch.prompts={self.prompts}; choose a divisor of it, since the "
+      "rollouts of a prompt stay together",
+    )
+    rows = self.prompts // self.mini_batches * self.rollouts
     require(
       rows % self.micro_batches == 0,
       f"batch.micro_batches={self.micro_batches} does not divide the {rows} "
-      "rows (prompts x rollouts); choose a divisor of them",
+      "rows of an update (prompts x rollouts / mini_batches); choose a divisor "
+      "of them",
     )
 
 
@@ -163,7 +181,8 @@ class OptimizerConfig:
 
   Attributes:
     learning_rate: peak rate.
-    warmup_steps: steps of linear growth up to the peak.
+    warmup_steps: steps of linear growth up to the peak. All schedules are of
+      steps; several updates of a step lie evenly between it and the next.
     schedule: after the warm-up, until the last step.
     final_fraction: of the peak rate, reached at the last step by "cosine" and
       "linear".

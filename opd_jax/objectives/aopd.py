@@ -12,7 +12,7 @@ ids, and sg the stop-gradient:
 tau = 0 is the sign of A. tau = -1 is `opd_k1` everywhere, tau = 1 forward KL
 everywhere; more imitates more. fkl_t is KL(teacher || student) over S, as
 `supports` normalises it: with "none" it may be negative, and nothing is
-clamped.
+clamped. The choice is made anew at each of several updates.
 
 What it descends on policy with tau = 0, per visited prefix:
 

@@ -89,6 +89,11 @@ class Needs:
     host: a host stage must run between rollout and scoring.
     pure_sampling: there is no correction for how the tokens are drawn, which
       must be from the student's whole distribution, without filters.
+    start: the student's log-probabilities before the first update of the step.
+      They are those of the same pass if it is the only update, and come from a
+      pass of their own before several.
+    single_update: there is no correction for a student that has moved since it
+      drew the tokens.
   """
 
   student: Request = Request()
@@ -98,6 +103,8 @@ class Needs:
   whole_rows: bool = False
   host: bool = False
   pure_sampling: bool = False
+  start: bool = False
+  single_update: bool = False
 
   def __post_init__(self):
     wide = [role for role in ROLES if getattr(self, role).vocab_logprobs]
@@ -110,6 +117,13 @@ class Needs:
   def roles(self) -> tuple[str, ...]:
     """The roles something is asked of."""
     return tuple(role for role in ROLES if getattr(self, role))
+
+  def starting_here(self) -> "Needs":
+    """With `start` from the student of the same pass."""
+    if not self.start:
+      return self
+    student = dataclasses.replace(self.student, logprobs=True)
+    return dataclasses.replace(self, student=student)
 
   def gradient_roles(self) -> tuple[str, ...]:
     """The student roles that carry gradient."""
@@ -177,9 +191,10 @@ class Schedule:
   """Where the run is, as traced scalars: a phase switch never recompiles.
 
   Attributes:
-    step: updates done before this one.
-    progress: step / total steps, in [0, 1).
-    key: of (seed, step), for what `prepare` draws; the same on every mesh.
+    step: steps done before this one.
+    progress: step / total steps, in [0, 1); the same for all updates of a step.
+    key: of (seed, step, mini-batch), for what `prepare` draws; the same on
+      every mesh, and in every pass over the rollout batch.
   """
 
   step: Int[Array, ""]
@@ -268,6 +283,14 @@ class Objective:
       and before.entropy >= after.entropy
     )
 
+  def starting_here(self) -> "Objective":
+    """This objective on rows whose student has not moved yet."""
+    return dataclasses.replace(
+      self,
+      needs=self.needs.starting_here(),
+      prepare_needs=self.prepare_needs.starting_here(),
+    )
+
   def terms(self, scores: Scores, signals: Signals) -> tuple[Terms, Terms]:
     """Losses and statistics of a part of the batch, unreduced."""
     return self.terms_fn(self.config, scores, signals)
@@ -286,5 +309,5 @@ class Objective:
   def update_state(
     self, state: State, statistics: Mapping[str, Float[Array, ""]]
   ) -> State:
-    """The objective's arrays after a step, from its reduced statistics."""
+    """The objective's arrays after an update, from its statistics."""
     return self.update_state_fn(self.config, state, statistics)

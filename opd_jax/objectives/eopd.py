@@ -1,20 +1,22 @@
 """Entropy-aware distillation: reverse KL, and forward KL where unsure (EOPD).
 
 With s, t, b the log-probabilities of student, teacher and behavior of the
-drawn token, H_t the teacher's entropy over the whole vocabulary, q the teacher
-on its K likeliest ids, divided by its mass there, and sg the stop-gradient:
+drawn token, o that of the student at the start of the step's updates, H_t the
+teacher's entropy over the whole vocabulary, q the teacher on its K likeliest
+ids, divided by its mass there, and sg the stop-gradient:
 
-  A_t    = sg(t_t - b_t)
+  A_t    = t_t - o_t
   r_t    = exp(s_t - sg(b_t))
   pg_t   = max(-r_t A_t, -clip(r_t, 1 - clip, 1 + clip) A_t)
   fkl_t  = sum_v q_v (log q_v - log student_v)            KL(q || student)
   loss_t = pg_t + coefficient [H_t > entropy_threshold] fkl_t
 
-It adds: the policy gradient stays on at every token. On policy its expected
-gradient is that of KL(student || teacher), at the prefixes the student reaches.
-Where the behavior differs, the frozen A makes it that of KL(student || teacher)
-- KL(student || behavior), within the clip. The student in fkl is not divided
-by its mass, so that fkl is at least -log of it.
+It adds: the policy gradient stays on at every token. At the first update of a
+rollout batch its expected gradient is that of KL(student || teacher), at the
+prefixes the student reaches. At later ones the frozen A makes it that of
+KL(student || teacher) - KL(student || student at the start), within the clip,
+which is then part of the method. The student in fkl is not divided by its mass,
+so that fkl is at least -log of it.
 
 Descends: KL(student || teacher), and KL(q || student) besides where the teacher
 is unsure.
@@ -32,14 +34,15 @@ Source: Jin et al., arXiv 2603.07079, Eq. 7-10; clip 0.2 is that of the
 re-implementations, the paper gives none.
 
 Differs: entropy and distributions are at the run's temperature, the paper's
-threshold is for temperature 1. One update per rollout batch where the paper has
-4, so that the ratio is 1 up to rounding and sampling filters.
+threshold is for temperature 1. The paper makes 4 updates per rollout batch,
+which is `batch.mini_batches` = 4; the default is 1. The ratio is to the
+sampler, which is the student at the start but for rounding, filters and
+mixtures.
 """
 
 import dataclasses
 import math
 
-import jax
 import jax.numpy as jnp
 
 from opd_jax.errors import InputError
@@ -107,6 +110,7 @@ def needs(config: Config) -> Needs:
   return Needs(
     student=Request(logprobs=True, vocab_logprobs=True),
     teacher=Request(logprobs=True, entropy=True, vocab_logprobs=True),
+    start=True,
   )
 
 
@@ -114,8 +118,7 @@ def terms(
   config: Config, scores: Scores, signals: Signals
 ) -> tuple[Terms, Terms]:
   """Policy gradient, and the forward KL at the gate; nats per token."""
-  behavior = jax.lax.stop_gradient(scores.behavior_logprobs)
-  advantage = scores.teacher.logprobs - behavior
+  advantage = scores.teacher.logprobs - scores.start_logprobs
   ratio = policy.ratio(scores)
   pushed = policy.surrogate(ratio, advantage, config.clip, config.clip)
   forward = _support(config).divergence(

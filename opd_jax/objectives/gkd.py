@@ -12,7 +12,8 @@ over all the vocabulary, or over what `objective.support` leaves of it, see
 `supports`. The drawn tokens are data: no gradient flows through the sampling,
 which is what separates GKD from MiniLLM. So the expected gradient is that of
 the divergences at the prefixes the student reaches, without the effect of a
-token on later prefixes.
+token on later prefixes; with several updates per rollout batch, the prefixes
+that the student before them reached.
 
 Descends: any of twelve divergences, by default KL(student || teacher).
 

@@ -1,11 +1,16 @@
 """Distillation with a reference whose share of the reward is scaled (G-OPD).
 
 With s, t, r, b the log-probabilities of student, teacher, reference and
-behavior of the drawn token, and sg the stop-gradient:
+behavior of the drawn token, o that of the student at the start of the step's
+updates, and sg the stop-gradient:
 
   A_t    = sg((t_t - s_t) + (lam - 1) (t_t - r_t))     the advantage, nats
-  w_t    = sg(min(exp(s_t - b_t), max_weight))         1 if max_weight is None
-  loss_t = -exp(s_t - sg(s_t)) * w_t * A_t
+  w_t    = min(exp(o_t - b_t), max_weight)             1 if max_weight is None
+  loss_t = -exp(s_t - sg(o_t)) * w_t * A_t
+
+At the first update of a rollout batch o is s, and the first factor 1 with the
+gradient of log pi; at later ones it weighs for how far the student has moved,
+and A is of the student as it is.
 
 lam = 1 is `opd_k1` and needs no reference; 0 < lam < 1 stops short of the
 teacher; lam > 1 goes past it, along the way from reference to teacher (ExOPD).
@@ -89,6 +94,7 @@ def needs(config: Config) -> Needs:
     teacher=Request(logprobs=True),
     reference=Request(logprobs=config.lam != 1),
     pure_sampling=config.max_weight is None,
+    start=True,
   )
 
 
@@ -105,12 +111,12 @@ def _advantage(config: Config, scores: Scores) -> Float[Array, "B T"]:
 def terms(
   config: Config, scores: Scores, signals: Signals
 ) -> tuple[Terms, Terms]:
-  """-weight * advantage with the gradient of log pi, nats per token."""
+  """-ratio * weight * advantage, nats per completion token."""
   advantage = _advantage(config, scores)
-  loss = policy.surrogate(policy.unit_ratio(scores), advantage)
+  loss = policy.surrogate(policy.moved_ratio(scores), advantage)
   statistics = {"advantage": Term(advantage)}
   if config.max_weight is not None:
-    weight = policy.truncated_weight(scores, config.max_weight)
+    weight = jnp.minimum(policy.sampler_weight(scores), config.max_weight)
     statistics["weight"] = Term(weight)
     loss = loss * weight
   return {"policy": Term(loss, config.reduction)}, statistics

@@ -36,7 +36,8 @@ this direction.
 
 The advantage uses the current student by default (as verl and G-OPD
 do), so that after the first of several updates the gradient stays that of the
-reverse KL; baseline="behavior" is tinker's form.
+reverse KL, at the prefixes that were visited. baseline="behavior" is tinker's
+form, and then descends KL(student || teacher) - KL(student || behavior).
 """
 
 import dataclasses

@@ -11,9 +11,10 @@ effect of a token on later prefixes is left out, and the value is not a KL:
 estimator="k3+" has the same gradient and the k3 estimate as its value.
 
 There is no ratio: it is right for tokens drawn from the student's whole
-distribution, and a run with a sampling filter is refused. Where the behavior
-differs, the expected gradient is sum_v behavior_v (s_v - t_v) grad s_v, which
-is that of no divergence: take `opd_k1`.
+distribution as it is, and a run with a sampling filter, with a teacher that
+draws too, or with several updates per rollout batch is refused. Where the
+behavior differs, the expected gradient is sum_v behavior_v (s_v - t_v) grad
+s_v, which is that of no divergence: take `opd_k1`.
 
 Descends: KL(student || teacher).
 
@@ -63,6 +64,7 @@ def needs(config: Config) -> Needs:
     student=Request(logprobs=True),
     teacher=Request(logprobs=True),
     pure_sampling=True,
+    single_update=True,
   )
 
 

@@ -1,16 +1,18 @@
 """The policy gradient on drawn tokens: what objectives with advantages share.
 
-With s, b the log-probabilities of student and behavior of the drawn token, and
-sg the stop-gradient:
+With s, b the log-probabilities of student and behavior of the drawn token, o
+that of the student at the start of the step's updates, and sg the
+stop-gradient:
 
-  ratio = exp(s - sg(b))
+  ratio = exp(s - sg(b)) = exp(s - sg(o)) exp(o - b)
 
-A rollout batch gets one update, so the behavior is the student before it, and
-the ratio is 1 up to the different rounding of sampler and scorer: its value
-says how far these are apart (and what a sampling filter adds to the
-behavior's), its gradient is that of log pi. Clips bite on such a difference
-only. With several updates per rollout batch the same ratio would measure how
-far the student has moved.
+The first factor says how far the student has moved since it drew the tokens,
+the second how far the sampler is from it: by rounding, by a sampling filter, or
+because a teacher drew with it. At the first update of a rollout batch, which
+is the only one by default, the first factor is 1, with the gradient of log pi,
+and clips bite on the second only. At later updates of the same batch the ratio
+keeps the expected gradient of each token exact at the prefixes that were
+visited; the prefixes stay those of the student that drew them.
 """
 
 import jax
@@ -28,15 +30,14 @@ def ratio(scores: Scores) -> Float[Array, "B T"]:
   )
 
 
-def unit_ratio(scores: Scores) -> Float[Array, "B T"]:
-  """exp(s - sg(s)): exactly 1, with the gradient of log pi."""
-  student = scores.student.logprobs
-  return jnp.exp(student - jax.lax.stop_gradient(student))
+def moved_ratio(scores: Scores) -> Float[Array, "B T"]:
+  """exp(s - sg(o)): exactly 1 at the first update; needs `start`."""
+  return jnp.exp(scores.student.logprobs - scores.start_logprobs)
 
 
-def truncated_weight(scores: Scores, bound: float) -> Float[Array, "B T"]:
-  """min(exp(s - b), bound) without gradient: corrects for the sampler."""
-  return jax.lax.stop_gradient(jnp.minimum(ratio(scores), bound))
+def sampler_weight(scores: Scores) -> Float[Array, "B T"]:
+  """exp(o - b): of the student over the sampler; needs `start`."""
+  return jnp.exp(scores.start_logprobs - scores.behavior_logprobs)
 
 
 def gap(scores: Scores) -> Float[Array, "B T"]:

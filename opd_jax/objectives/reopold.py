@@ -20,7 +20,8 @@ The floor bounds log(mixture / student), mixture = lam student + (1 - lam)
 teacher, from below. Before the switch it never bites, since the tokens it
 would bound are dropped; after it, a bounded token of high entropy stays. The
 top `keep` of n tokens are 1 + floor(keep (n - 1)), those at or above the
-quantile, over the whole global batch.
+quantile, over the whole batch of the update. Of several updates per rollout
+batch each has R, M and H of the student as it is.
 
 What it descends, per visited prefix, M = 1: sum_v p_S f(p_T / p_S) with
 f(u) = -ln u for u >= e^floor and its tangent 1 - floor - u e^-floor below, a

@@ -19,7 +19,8 @@ token, and sg the stop-gradient:
 The forward KL, KL(teacher || student) over S, takes both models as they are,
 not divided by their mass there; it may be negative, and nothing is clamped.
 Its gradient in a logit stays in [-1, 1], where that of the policy gradient
-grows with A.
+grows with A. Of several updates per rollout batch each has A and P of the
+student as it is; u stays that of the token.
 
 What it descends on policy, per visited prefix, with "bernoulli" or "expected"
 and "forward_kl": sum_v p_S f(p_T / p_S), f(u) = u ln(u)^2 / 2 for u <= 1 and

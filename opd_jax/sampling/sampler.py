@@ -39,7 +39,10 @@ class Cache(Protocol):
 
 @runtime_checkable
 class Decoder(Protocol[CacheT]):
-  """The three functions of a model that sampling calls."""
+  """The three functions of a model that sampling calls.
+
+  Hidden states are arrays [B, ...], or pytrees of them.
+  """
 
   def prefill(
     self,
@@ -47,7 +50,7 @@ class Decoder(Protocol[CacheT]):
     tokens: Int[Array, "B P"],
     positions: Int[Array, "B P"],
     slots: int,
-  ) -> tuple[Float[Array, "B D"], CacheT]:
+  ) -> tuple[Any, CacheT]:
     """Last hidden state of right-aligned prompts, and a cache of `slots`."""
     ...
 
@@ -58,13 +61,11 @@ class Decoder(Protocol[CacheT]):
     tokens: Int[Array, " B"],
     positions: Int[Array, " B"],
     slot: Int[Array, ""],
-  ) -> tuple[Float[Array, "B D"], CacheT]:
+  ) -> tuple[Any, CacheT]:
     """Hidden state of one more token per row, written at `slot`."""
     ...
 
-  def logits(
-    self, params: Params, hidden: Float[Array, "*B D"]
-  ) -> Float[Array, "*B V"]:
+  def logits(self, params: Params, hidden: Any) -> Float[Array, "*B V"]:
     """float32 logits of the next token."""
     ...
 
@@ -142,12 +143,12 @@ def sample(
   hidden, prompts = jax.tree.map(
     lambda x: jnp.repeat(x, rollouts, axis=0), (hidden, prompts)
   )
-  batch = hidden.shape[0]
+  batch = prompts.lengths.shape[0]
   if rows is None:
     rows = jnp.arange(batch)
   uniforms = draw.uniforms(key, rows, length)
 
-  def record(state: _State, hidden: Array) -> _State:
+  def record(state: _State, hidden: Any) -> _State:
     """Draws the token at `state.step`."""
     logits = _mask(decoder.logits(params, hidden), vocab_size)
     if config.temperature == 0:

@@ -104,6 +104,8 @@ class Case:
     claim: the quantity, of a world and the student's logits.
     options: besides the name.
     off_policy: the tokens come from a behavior that is not the student.
+    moved: that behavior is the student before the first of several updates.
+    teacher_mix: the teacher's weight in a mixture that draws the tokens.
     reduction: "sum" makes the loss of a completion the sum over its tokens;
       None for an objective without this option.
   """
@@ -111,6 +113,8 @@ class Case:
   claim: Callable[[World, Any], Any]
   options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   off_policy: bool = False
+  moved: bool = False
+  teacher_mix: float = 0.0
   reduction: str | None = "sum"
 
   def create(self, name):
@@ -283,6 +287,14 @@ def inverse_length(world, student):
   return total
 
 
+# No reward is bounded, and no ratio leaves this clip.
+PLAIN = {
+  "reward_scaling": 1.0,
+  "length_norm": False,
+  "whiten": False,
+  "clip": 0.999,
+}
+
 EOPD = {"entropy_threshold": GATE, "coefficient": 0.5, "top_k": 2}
 
 # The coin's expectation; its two sides are enumerated in tropd_test.py.
@@ -307,6 +319,30 @@ CASES: dict[str, tuple[Case, ...]] = {
     Case(tilted(0.4), {"lam": 0.4}),
     # At lam = 0 it is pulled to the reference alone.
     Case(tilted(0.0), {"lam": 0.0}, off_policy=True),
+    Case(tilted(0.4), {"lam": 0.4}, off_policy=True, moved=True),
+    Case(tilted(0.4), {"lam": 0.4, "max_weight": None}, moved=True),
+    Case(tilted(0.4), {"lam": 0.4}, teacher_mix=0.2),
+  ),
+  "minillm": (
+    # The reward of the token is in both parts.
+    Case(
+      lambda world, student: (
+        whole_sequence(world, student) + world.visited(student, reverse_kl)
+      ),
+      {**PLAIN, "discount": 1.0},
+    ),
+    # Of the mixture's prefixes, the tokens weighed back to the student's.
+    Case(
+      lambda world, student: 2 * world.visited(student, reverse_kl),
+      {**PLAIN, "discount": 0.0},
+      teacher_mix=0.2,
+    ),
+    Case(
+      less_kl_to_behavior,
+      {**PLAIN, "discount": 0.0, "single_step": 0.0},
+      off_policy=True,
+      moved=True,
+    ),
   ),
   "reopold": (
     Case(bounded(np.log(0.3) / 0.7, dropped=True), {"lam": 0.3}),
@@ -336,6 +372,7 @@ CASES: dict[str, tuple[Case, ...]] = {
     Case(over_visited(reverse_kl), off_policy=True),
     Case(less_kl_to_behavior, {"baseline": "behavior"}, off_policy=True),
     Case(whole_sequence, {"discount": 1.0}),
+    Case(over_visited(reverse_kl), teacher_mix=0.2),
   ),
   "opd_k2": (
     Case(over_visited(reverse_kl)),
@@ -415,24 +452,36 @@ CASES: dict[str, tuple[Case, ...]] = {
       # No ratio leaves this clip; the default's 0.2 some do.
       {**EOPD, "clip": 0.99},
       off_policy=True,
+      moved=True,
+    ),
+    Case(
+      over_visited(lambda s, t: reverse_kl(s, t) + gated_forward_kl(s, t)),
+      {**EOPD, "clip": 0.999},
+      teacher_mix=0.2,
     ),
   ),
 }
 
 
-def make_world(off_policy):
+def make_world(off_policy, teacher_mix=0.0):
   """Student logits and the world around them; seeds chosen once."""
   rng = np.random.default_rng(4)
   shape = (len(PREFIXES), VOCAB)
   student, teacher, reference, shift = (rng.normal(size=shape) for _ in "strb")
   behavior = student + 0.2 * shift if off_policy else student
+  if teacher_mix:
+    mixture = teacher_mix * softmax(teacher)
+    behavior = jnp.log(mixture + (1 - teacher_mix) * softmax(behavior))
   return jnp.asarray(student), World(
     jnp.asarray(teacher), jnp.asarray(reference), jnp.asarray(behavior)
   )
 
 
-def expected_gradient(objective, student, world):
-  """sum_y p_behavior(y) grad loss(y) in the student's table."""
+def expected_gradient(objective, student, world, moved=False):
+  """sum_y p_behavior(y) grad loss(y) in the student's table.
+
+  With `moved` the behavior is the student before the first update.
+  """
   rows = np.zeros((len(COMPLETIONS), LENGTH), np.int32)
   tokens = np.zeros_like(rows)
   mask = np.zeros(rows.shape, bool)
@@ -458,7 +507,12 @@ def expected_gradient(objective, student, world):
       }
       logits["student_privileged"] = logits["student"]
       return support.loss_of(
-        objective, logits, tokens[None], mask[None], behavior[None]
+        objective,
+        logits,
+        tokens[None],
+        mask[None],
+        behavior[None],
+        start=behavior[None] if moved else None,
       )[0]
 
     return jax.grad(loss)(student)
@@ -474,6 +528,8 @@ def all_cases():
     for case in cases:
       words = [f"{key}={value}" for key, value in case.options.items()]
       words += ["off_policy"] if case.off_policy else []
+      words += ["moved"] if case.moved else []
+      words += [f"teacher_mix={case.teacher_mix}"] if case.teacher_mix else []
       yield pytest.param(name, case, id="-".join([name, *words]))
 
 
@@ -485,8 +541,8 @@ def test_every_objective_says_what_it_descends():
 @pytest.mark.parametrize(("name", "case"), list(all_cases()))
 def test_expected_gradient_is_that_of_the_claim(name, case):
   with jax.enable_x64(True):
-    student, world = make_world(case.off_policy)
-    found = expected_gradient(case.create(name), student, world)
+    student, world = make_world(case.off_policy, case.teacher_mix)
+    found = expected_gradient(case.create(name), student, world, case.moved)
     claimed = jax.grad(lambda table: case.claim(world, table))(student)
     assert found.dtype == jnp.float64
     np.testing.assert_allclose(found, claimed, rtol=0, atol=TOLERANCE)

@@ -25,6 +25,7 @@ def _terms(objective, shift=support.BEHAVIOR_SHIFT, student=None):
     support.TOKENS,
     support.MASK,
     behavior,
+    behavior,
   )
   terms, statistics = objective.terms(scores, base.Signals())
   return {
@@ -68,7 +69,7 @@ def test_worked_terms():
 )
 def test_worked_numbers(options, shift, expected):
   loss = support.fixture_loss(
-    _create(**options), shift=shift * support.BEHAVIOR_SHIFT
+    _create(**options), shift=shift * support.BEHAVIOR_SHIFT, drew=True
   )
   np.testing.assert_allclose(loss, expected, atol=1e-5)
 
@@ -76,7 +77,7 @@ def test_worked_numbers(options, shift, expected):
 def test_worked_gradient():
   """Position (1, 1) is clipped: only the forward KL's gradient is left."""
   objective = _create()
-  gradient = jax.grad(lambda z: support.fixture_loss(objective, z))(
+  gradient = jax.grad(lambda z: support.fixture_loss(objective, z, drew=True))(
     support.STUDENT_LOGITS
   )
   np.testing.assert_allclose(

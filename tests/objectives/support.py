@@ -64,9 +64,18 @@ def model_scores(logits, tokens, mask, request):
   )
 
 
-def scores_of(needs, logits, tokens, mask, behavior_logprobs):
-  """Scores from a dict of logits by role."""
+def scores_of(needs, logits, tokens, mask, behavior_logprobs, start=None):
+  """Scores from a dict of logits by role.
+
+  `start` are the student's log-probabilities before the first of several
+  updates; None where this is the first.
+  """
+  if start is None:
+    needs = needs.starting_here()
   empty = ModelScores()
+  if needs.start and start is None:
+    student = model_scores(logits["student"], tokens, mask, needs.student)
+    start = jax.lax.stop_gradient(student.logprobs)
   return Scores(
     tokens=tokens,
     sampled_mask=mask,
@@ -74,6 +83,7 @@ def scores_of(needs, logits, tokens, mask, behavior_logprobs):
     behavior_valid=mask,
     behavior_logprobs=behavior_logprobs,
     group=jnp.arange(tokens.shape[0], dtype=jnp.int32),
+    start_logprobs=start if needs.start else None,
     **{
       role: model_scores(logits[role], tokens, mask, getattr(needs, role))
       if getattr(needs, role)
@@ -101,20 +111,24 @@ def loss_of(
   state=None,
   step=0,
   at=None,
+  start=None,
 ):
   """The reduced loss of a whole batch, and the terms by name.
 
-  `at` is a whole schedule, in place of that of `step`.
+  `at` is a whole schedule, in place of that of `step`; `start` as in
+  `scores_of`.
   """
   before = scores_of(
-    objective.prepare_needs, logits, tokens, mask, behavior_logprobs
+    objective.prepare_needs, logits, tokens, mask, behavior_logprobs, start
   )
   signals = objective.prepare(
     before,
     objective.init_state() if state is None else state,
     schedule(step) if at is None else at,
   )
-  scores = scores_of(objective.needs, logits, tokens, mask, behavior_logprobs)
+  scores = scores_of(
+    objective.needs, logits, tokens, mask, behavior_logprobs, start
+  )
   terms, _ = objective.terms(scores, signals)
   counts = reduce.Counts.of(jnp.asarray(mask))
   losses = {
@@ -125,14 +139,26 @@ def loss_of(
 
 
 def fixture_loss(
-  objective, student=STUDENT_LOGITS, shift=BEHAVIOR_SHIFT, step=0, **others
+  objective,
+  student=STUDENT_LOGITS,
+  shift=BEHAVIOR_SHIFT,
+  step=0,
+  drew=False,
+  **others,
 ):
   """The loss on the fixture as a function of the student's logits.
 
-  `others` are logits of roles that are not the teacher's.
+  `drew` says that the behavior is the student before the first of several
+  updates; `others` are logits of roles that are not the teacher's.
   """
   behavior = token_logprobs(STUDENT_LOGITS, TOKENS) + shift
   logits = {**dict.fromkeys(base.ROLES, TEACHER_LOGITS), **others}
   return loss_of(
-    objective, {**logits, "student": student}, TOKENS, MASK, behavior, step=step
+    objective,
+    {**logits, "student": student},
+    TOKENS,
+    MASK,
+    behavior,
+    step=step,
+    start=behavior if drew else None,
   )[0]
