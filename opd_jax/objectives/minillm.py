@@ -30,9 +30,9 @@ and KL(student || teacher) at the visited prefixes.
 Off policy: a ratio to the start of the step's updates times the sampler's
 weight, with PPO's clip on the product; the second part has none.
 
-Use it when: the effect of a token on later prefixes is to count, which `gkd` and
-`opd_k1` leave out, or the published recipe is to be repeated. Whitening and the
-division by the tokens left change what is descended, and a sum over later
+Use it when: the effect of a token on later prefixes is to count, which `gkd`
+and `opd_k1` leave out, or the published recipe is to be repeated. Whitening and
+the division by the tokens left change what is descended, and a sum over later
 tokens is noisier than `opd_k1`. `prepare` costs one more pass of the student's
 head. Prefer `gkd` with beta = 1, which is the second part alone, otherwise.
 
