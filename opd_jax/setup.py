@@ -18,6 +18,7 @@ from opd_jax.held_out import HeldOut, HeldOutLoss
 from opd_jax.models import Model, ModelConfig, hf
 from opd_jax.objectives.base import Objective
 from opd_jax.scoring import Scorer
+from opd_jax.selector import Selector
 from opd_jax.sharding import DECODE_RULES, TRAIN_RULES, Layout, make_mesh
 from opd_jax.step import Step
 from opd_jax.task import Measurement
@@ -232,6 +233,9 @@ def make_step(setup: Setup, mesh: Mesh | None = None) -> Step:
     temperature=config.sampling.temperature or 1.0,
     chunk_tokens=config.batch.chunk_tokens,
   )
+  selector = None
+  if config.selection is not None:
+    selector = Selector(config=config.selection, vocab_size=setup.vocab_size)
   return Step(
     decoder=Model(setup.student, decode, config.student.compute_dtype),
     scorer=scorer,
@@ -244,6 +248,7 @@ def make_step(setup: Setup, mesh: Mesh | None = None) -> Step:
     micro_batches=config.batch.micro_batches,
     steps=config.steps,
     seed=config.seed,
+    selector=selector,
   )
 
 

@@ -79,13 +79,13 @@ class Step(Update):
     roles = [role for role in self.objective.needs.roles() if role in frozen]
 
     def score_part(part: ScoringBatch) -> Observed:
-      _, observed = self.scorer.fields(
+      found = self.scorer.fields(
         self.objective.needs,
         {role: self.scorer.hidden(role, frozen[role], part) for role in roles},
         {role: self.scorer.head(role, frozen[role]) for role in roles},
         part,
       )
-      return observed
+      return found.observed
 
     if self.micro_batches == 1:
       return score_part(batch)

@@ -235,6 +235,11 @@ def describe(setup: Setup, step: Step) -> Iterator[str]:
     f"most {config.sampling.max_new_tokens} new tokens, stop ids "
     f"{list(setup.stop_ids)}"
   )
+  if config.selection is not None:
+    yield (
+      f"loss on {100 * config.selection.fraction:g} % of the tokens, chosen by "
+      f"{config.selection.name}"
+    )
   yield f"{loop.devices(step.scorer.student)}, {config.mode} step"
 
 

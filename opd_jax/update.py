@@ -7,7 +7,7 @@ by the student (`step.py`), or packed examples (`sft.py`).
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,14 +15,14 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Key
 
-from opd_jax.gradient import Evaluation, evaluate
+from opd_jax.gradient import Evaluation, Prepared, evaluate, first_pass
 from opd_jax.models import Model
 from opd_jax.objectives import reduce
-from opd_jax.objectives.base import Objective, Schedule, Signals
+from opd_jax.objectives.base import Objective, Schedule
 from opd_jax.optim import state_shardings
-from opd_jax.scoring import Parameters, Scorer, bundle_scores
+from opd_jax.scoring import Found, Parameters, Scorer, bundle_scores
+from opd_jax.selector import Selector
 from opd_jax.types import (
-  ModelScores,
   Params,
   ScoringBatch,
   TrainState,
@@ -31,8 +31,10 @@ from opd_jax.types import (
 Metrics = Mapping[str, Float[Array, ""]]
 Frozen = Mapping[str, Params]
 
-# Folded into the key of a step for the objective; the sampler folds in rows.
+# Folded into the key of a step for the objective and for the selector; the
+# sampler folds in rows.
 _OBJECTIVE = 2**31 - 1
+_SELECTOR = 2**31 - 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,7 @@ class Update:
     micro_batches: parts of the batch the gradient is summed over.
     steps: of the whole run.
     seed: of every draw.
+    selector: chooses the tokens that carry loss; None for all.
   """
 
   scorer: Scorer
@@ -56,6 +59,7 @@ class Update:
   micro_batches: int
   steps: int
   seed: int
+  selector: Selector | None = None
 
   def init_state(self, params: Params) -> TrainState:
     """The state before the first step."""
@@ -77,18 +81,39 @@ class Update:
   ) -> Evaluation:
     """Value and gradient of the objective on a whole batch."""
     parameters = Parameters(student=state.params, **frozen)
-    counts = reduce.Counts.of(batch.loss_mask)
-    schedule = self.schedule(state.step)
 
-    def prepare(fields: Mapping[str, ModelScores]) -> Signals:
-      bundle = bundle_scores(batch, fields)
-      return self.objective.prepare(bundle, state.objective, schedule)
+    def prepare(found: Found) -> Prepared:
+      return self._prepare(state, batch, found)
 
     if self.micro_batches == 1:
       return evaluate(
-        self.scorer, self.objective, parameters, batch, counts, prepare
+        self.scorer, self.objective, self.selector, parameters, batch, prepare
       )
-    return self._accumulate(parameters, batch, counts, prepare)
+    return self._accumulate(parameters, batch, prepare)
+
+  def _prepare(
+    self, state: TrainState, batch: ScoringBatch, found: Found
+  ) -> Prepared:
+    """Looks at the whole batch: chooses tokens, counts them, and `prepare`."""
+    fields, selected = found.fields, {}
+    if self.selector is not None:
+      mask = batch.loss_mask
+      key = jax.random.fold_in(self._key(state.step), _SELECTOR)
+      scores = self.selector.scores(found.measures, mask, key)
+      kept = self.selector.choose(scores, mask)
+      selected = {"kept": kept.astype(jnp.float32), "score": scores}
+      batch = dataclasses.replace(batch, loss_mask=kept)
+      fields = jax.tree.map(lambda leaf: jnp.where(kept, leaf, 0.0), fields)
+    return Prepared(
+      loss_mask=batch.loss_mask,
+      counts=reduce.Counts.of(batch.loss_mask),
+      signals=self.objective.prepare(
+        bundle_scores(batch, fields),
+        state.objective,
+        self.schedule(state.step),
+      ),
+      selected=selected,
+    )
 
   def update(
     self,
@@ -144,46 +169,48 @@ class Update:
     self,
     parameters: Parameters,
     batch: ScoringBatch,
-    counts: reduce.Counts,
-    prepare: Any,
+    prepare: Callable[[Found], Prepared],
   ) -> Evaluation:
     """Sums the evaluation over micro-batches, every normaliser being global."""
-    parts = self._cut((batch, counts.tokens_in_row))
+    parts = self._cut(batch)
 
-    def fields_of(part: Any) -> Any:
-      return self.scorer.prepare_fields(self.objective, parameters, part[0])
+    def first(part: ScoringBatch) -> Found:
+      return first_pass(
+        self.scorer, self.objective, self.selector, parameters, part
+      )
 
-    found = jax.lax.map(fields_of, parts)
-    signals = prepare(self._join(found[0]))
-    by_row = self._cut((dict(signals.token), dict(signals.row)))
+    found = jax.lax.map(first, parts)
+    prepared = prepare(self._join(found))
 
     def evaluate_part(part: Any) -> Evaluation:
-      (rows, tokens_in_row), fields, (token, row) = part
+      rows, found, by_row = part
       return evaluate(
         self.scorer,
         self.objective,
+        self.selector,
         parameters,
         rows,
-        dataclasses.replace(counts, tokens_in_row=tokens_in_row),
-        lambda _: dataclasses.replace(signals, token=token, row=row),
-        fields,
+        lambda _: prepared.with_rows(by_row),
+        found,
       )
 
     def body(total: Evaluation, part: Any) -> tuple[Evaluation, Any]:
       evaluation = evaluate_part(part)
-      sums = dataclasses.replace(evaluation, observed={})
+      sums = dataclasses.replace(evaluation, observed={}, selected={})
       return jax.tree.map(jnp.add, total, sums), evaluation.observed
 
-    scanned = (parts, found, by_row)
+    scanned = (parts, found, self._cut(prepared.by_row()))
     shapes = jax.eval_shape(
       evaluate_part, jax.tree.map(lambda leaf: leaf[0], scanned)
     )
     zero = jax.tree.map(
       lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-      dataclasses.replace(shapes, observed={}),
+      dataclasses.replace(shapes, observed={}, selected={}),
     )
     total, observed = jax.lax.scan(body, zero, scanned)
-    return dataclasses.replace(total, observed=self._join(observed))
+    return dataclasses.replace(
+      total, observed=self._join(observed), selected=prepared.selected
+    )
 
   def _cut(self, tree: Any) -> Any:
     """[B, ...] -> [parts, B / parts, ...], every shard keeping its rows."""
@@ -252,6 +279,9 @@ def step_metrics(
 ) -> Metrics:
   """What a step tells, from before its update; means run over loss tokens.
 
+  With a selector they run over all tokens it could choose from, and tell of the
+  models that it looks at; losses and statistics are of the chosen ones.
+
   `train/loss` is the sum of the terms `loss/NAME`; `teacher/kl` the mean of
   log student - log teacher over drawn tokens, the sampled estimate of
   KL(student || teacher) in nats; `mismatch` compares the log-probabilities of
@@ -268,6 +298,12 @@ def step_metrics(
   metrics = {"train/loss": sum(evaluation.losses.values(), jnp.float32(0.0))}
   metrics |= {f"loss/{k}": v for k, v in evaluation.losses.items()}
   metrics |= {f"objective/{k}": v for k, v in evaluation.statistics.items()}
+  if evaluation.selected:
+    kept = evaluation.selected["kept"]
+    chosen = jnp.maximum(jnp.sum(kept), 1.0)
+    scores = jnp.where(kept > 0, evaluation.selected["score"], 0.0)
+    metrics["selection/fraction"] = jnp.sum(kept) / count
+    metrics["selection/score"] = jnp.sum(scores) / chosen
   for role, seen in evaluation.observed.items():
     metrics[f"{role}/entropy"] = mean(seen["entropy"])
     if "masked_mass" in seen:

@@ -22,6 +22,7 @@ from opd_jax.config.run import (
   RunConfig,
   SftConfig,
 )
+from opd_jax.config.selection import SelectionConfig
 from opd_jax.config.step import (
   BatchConfig,
   MeshConfig,
@@ -47,6 +48,7 @@ __all__ = [
   "PreflightConfig",
   "RunConfig",
   "SamplingConfig",
+  "SelectionConfig",
   "SftConfig",
   "SftDataConfig",
   "SftStudentSource",

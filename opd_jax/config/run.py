@@ -7,6 +7,7 @@ from typing import Any, Literal
 from opd_jax.config.checks import require
 from opd_jax.config.data import DataConfig, SftDataConfig
 from opd_jax.config.measure import EvalConfig, HeldOutConfig
+from opd_jax.config.selection import SelectionConfig
 from opd_jax.config.step import (
   BatchConfig,
   MeshConfig,
@@ -99,6 +100,7 @@ class RunConfig:
     sampling: how the student draws.
     batch: rows per step.
     objective: `name` of an objective, and its own options.
+    selection: which tokens carry loss; None for all.
     optimizer: how the gradient is applied.
     mesh: how many devices each parallel axis has.
     held_out: the loss on held-out texts.
@@ -119,6 +121,7 @@ class RunConfig:
   sampling: SamplingConfig = SamplingConfig()
   batch: BatchConfig = BatchConfig()
   objective: Mapping[str, Any]
+  selection: SelectionConfig | None = None
   optimizer: OptimizerConfig = OptimizerConfig()
   mesh: MeshConfig = MeshConfig()
   held_out: HeldOutConfig = HeldOutConfig()
