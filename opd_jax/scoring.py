@@ -205,7 +205,9 @@ class Scorer:
       }
       measures = {}
       if measure is not None:
-        found = measure.of({role: pairs[role][0].vocab_logprobs for role in wide})
+        found = measure.of(
+          {role: pairs[role][0].vocab_logprobs for role in wide}
+        )
         measures = {
           name: jnp.where(mask, values, 0.0) for name, values in found.items()
         }
