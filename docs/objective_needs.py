@@ -77,7 +77,11 @@ def head_passes(objective: Objective) -> dict[str, int]:
     after = bool(getattr(objective.needs, role))
     if role in trained:
       passes[role] = 3 + before
-    elif before and after and not objective.prepare_covers(role):
+    elif (
+      before
+      and after
+      and not objective.prepare_needs.covers(objective.needs, role)
+    ):
       passes[role] = 2
     elif before or after:
       passes[role] = 1

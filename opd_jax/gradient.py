@@ -5,6 +5,10 @@ vocabulary heads run over chunks of T, and each chunk is differentiated where it
 stands: the loop yields the gradient in the hidden states and sums the one in
 the head's weights; then one backward pass of the trunk finishes. So no
 [B, T, V] array exists and no product of the head is computed twice.
+
+Where a selector chooses the tokens that carry loss, a first pass over the heads
+ranks all of them, without gradient; the loop then runs over rows of the chosen
+tokens alone, [B, K] in place of [B, T].
 """
 
 import dataclasses
@@ -16,14 +20,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from opd_jax.objectives import reduce
-from opd_jax.objectives.base import Objective, Signals, Terms
+from opd_jax.objectives.base import Needs, Objective, Signals, Terms
 from opd_jax.scoring import (
   Chunks,
+  Found,
+  Measure,
   Observed,
   Parameters,
   Scorer,
   bundle_scores,
 )
+from opd_jax.selector import Kept, Selector
 from opd_jax.types import ModelScores, Params, ScoringBatch
 
 
@@ -36,36 +43,114 @@ class Evaluation:
     losses: what the rows add to each reduced term; the loss is their sum.
     statistics: what they add to each reduced statistic.
     gradients: what they add to the gradient in the student's parameters.
-    observed: per token, for the log.
+    observed: per token, for the log; chosen or not. With a selector, of the
+      models that it looks at.
+    selected: "kept", whether a token is chosen, and its "score"; {} without a
+      selector.
   """
 
   losses: Mapping[str, Float[Array, ""]]
   statistics: Mapping[str, Float[Array, ""]]
   gradients: Params
   observed: Observed
+  selected: Mapping[str, Float[Array, "B T"]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prepared:
+  """What some rows must know of the global batch before their gradient.
+
+  Attributes:
+    loss_mask: tokens that carry loss; with a selector, the chosen ones.
+    counts: of the global batch's, and of the rows'.
+    signals: of the objective, for the rows.
+    selected: see `Evaluation`.
+  """
+
+  loss_mask: Bool[Array, "B T"]
+  counts: reduce.Counts
+  signals: Signals
+  selected: Mapping[str, Float[Array, "B T"]]
+
+  def by_row(self) -> Any:
+    """The part of it that rows have each for themselves, [B, ...] arrays."""
+    return (
+      self.loss_mask,
+      self.counts.tokens_in_row,
+      dict(self.signals.token),
+      dict(self.signals.row),
+      dict(self.selected),
+    )
+
+  def with_rows(self, by_row: Any) -> "Prepared":
+    """The same for other rows, given as `by_row` gives them."""
+    loss_mask, tokens_in_row, token, row, selected = by_row
+    return Prepared(
+      loss_mask=loss_mask,
+      counts=dataclasses.replace(self.counts, tokens_in_row=tokens_in_row),
+      signals=dataclasses.replace(self.signals, token=token, row=row),
+      selected=selected,
+    )
+
+
+def first_pass(
+  scorer: Scorer,
+  objective: Objective,
+  selector: Selector | None,
+  parameters: Parameters,
+  batch: ScoringBatch,
+  states: Mapping[str, Float[Array, "B T D"]] | None = None,
+) -> Found:
+  """What `prepare` of the objective and the selector read of some rows.
+
+  Args:
+    scorer: runs the models.
+    objective: what is descended.
+    selector: chooses the tokens that carry loss; None for all.
+    parameters: of the models.
+    batch: the rows.
+    states: hidden states that exist already, by role.
+  """
+  measure = None
+  if selector is not None:
+    measure = Measure(
+      roles=selector.roles,
+      of=selector.measure,
+      slots=selector.capacity(batch.tokens.shape[1]),
+    )
+  needs = _first_needs(objective, selector)
+  return scorer.first_pass(needs, parameters, batch, states, measure)
+
+
+def _first_needs(objective: Objective, selector: Selector | None) -> Needs:
+  if selector is None:
+    return objective.prepare_needs
+  return selector.needs(objective)
 
 
 def evaluate(
   scorer: Scorer,
   objective: Objective,
+  selector: Selector | None,
   parameters: Parameters,
   batch: ScoringBatch,
-  counts: reduce.Counts,
-  prepare: Callable[[Mapping[str, ModelScores]], Signals],
-  found: tuple[Mapping[str, ModelScores], Observed] | None = None,
+  prepare: Callable[[Found], Prepared],
+  found: Found | None = None,
 ) -> Evaluation:
   """Value and gradient of an objective on some rows.
 
   Args:
     scorer: runs the models.
     objective: what to descend.
+    selector: chooses the tokens that carry loss; None for all.
     parameters: of the models; the gradient is in the student's.
     batch: rows of a global batch.
-    counts: sizes of that global batch.
-    prepare: the signals for these rows, from the result of `prepare_fields`.
+    prepare: what these rows must know, from the result of `first_pass`.
     found: that result, if an earlier pass over the global batch made it;
       None makes it from the states of this pass.
   """
+  needs = _first_needs(objective, selector)
   trunk, _ = scorer.student.split_head(parameters.student)
   head = scorer.head("student", parameters.student)
   trained_roles = objective.needs.gradient_roles()
@@ -77,15 +162,14 @@ def evaluate(
   states = jax.lax.stop_gradient(trained)
   later = [role for role in objective.needs.roles() if role not in states]
   if found is None:
-    for role in (*objective.prepare_needs.roles(), *later):
+    for role in (*needs.roles(), *later):
       if role not in states:
         states[role] = scorer.hidden(role, parameters.of(role), batch)
-    found = scorer.prepare_fields(objective, parameters, batch, states)
-  fields, observed = found
+    found = first_pass(scorer, objective, selector, parameters, batch, states)
   known = {
-    role: fields[role]
+    role: found.fields[role]
     for role in later
-    if role in fields and objective.prepare_covers(role)
+    if role in found.fields and needs.covers(objective.needs, role)
   }
   fixed = {
     role: states[role]
@@ -94,28 +178,40 @@ def evaluate(
     for role in later
     if role not in known
   }
-  signals = prepare(fields)
+  prepared = prepare(found)
   fixed_heads = {role: scorer.head(role, parameters.of(role)) for role in fixed}
   shards = RowShards.of(scorer, batch)
 
   def run_shard(rows: Any) -> Any:
-    batch, tokens_in_row, (token, row), known, fixed, trained = rows
+    by_row, batch, known, fixed, trained = rows
+    part = prepared.with_rows(by_row)
+    signals = part.signals
+    if selector is not None:
+      batch = dataclasses.replace(batch, loss_mask=part.loss_mask)
+      length = batch.tokens.shape[1]
+      kept = Kept(part.loss_mask, selector.capacity(length))
+      batch = dataclasses.replace(batch, **kept.gather(_token_fields(batch)))
+      signals = dataclasses.replace(signals, token=kept.gather(signals.token))
+      known, fixed, trained = kept.gather((known, fixed, trained))
     loop = _GradientLoop(
       scorer=shards.scorer,
       objective=objective,
       batch=batch,
-      counts=dataclasses.replace(counts, tokens_in_row=tokens_in_row),
-      signals=dataclasses.replace(signals, token=token, row=row),
+      counts=part.counts,
+      signals=signals,
       known=known,
       fixed=fixed,
       fixed_heads=fixed_heads,
     )
     run = loop.whole_rows if objective.needs.whole_rows else loop.pointwise
-    return run(trained, head)
+    summed, seen, in_states = run(trained, head)
+    if selector is None:
+      return summed, seen, in_states
+    # Of the chosen tokens alone, which says little about the others.
+    return summed, {}, kept.scatter(in_states)
 
-  by_row = (dict(signals.token), dict(signals.row))
   summed, seen, in_states = shards.map(
-    run_shard, (batch, counts.tokens_in_row, by_row, known, fixed, trained)
+    run_shard, (prepared.by_row(), batch, known, fixed, trained)
   )
   losses, statistics, in_head = summed
   (in_trunk,) = backward(in_states)
@@ -123,7 +219,8 @@ def evaluate(
     losses=losses,
     statistics=statistics,
     gradients=add_trees(in_trunk, in_head),
-    observed={**observed, **seen},
+    observed={**found.observed, **seen},
+    selected=prepared.selected,
   )
 
 
@@ -219,9 +316,10 @@ class _GradientLoop:
     """Terms of whole rows: their gradient in the fields comes first."""
     needs = self.objective.needs
     heads = {**self.fixed_heads, **dict.fromkeys(trained, head)}
-    fields, _ = self.scorer.fields(
+    found = self.scorer.fields(
       needs, {**self.fixed, **trained}, heads, self.batch
     )
+    fields = found.fields
     others = {role: fields[role] for role in self.fixed}
 
     def rows_loss(trained_fields: Mapping[str, ModelScores]) -> Any:

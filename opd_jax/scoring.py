@@ -10,7 +10,7 @@ completion token t.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -23,7 +23,6 @@ from opd_jax.objectives import divergences
 from opd_jax.objectives.base import (
   ROLES,
   Needs,
-  Objective,
   Request,
 )
 from opd_jax.types import (
@@ -63,6 +62,39 @@ _PLAYER = {
   "teacher": "teacher",
   "reference": "reference",
 }
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Found:
+  """What a pass without gradient found of some rows.
+
+  Attributes:
+    fields: scores by role.
+    observed: for the log.
+    measures: what was made of whole distributions; 0 where masked.
+  """
+
+  fields: Mapping[str, ModelScores]
+  observed: Observed
+  measures: Mapping[str, Float[Array, "B T"]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measure:
+  """What to make of whole distributions, where a pass without gradient runs.
+
+  Attributes:
+    roles: whose.
+    of: their log-probabilities [B, C, V] by role to [B, C] arrays by name.
+    slots: the most of a row that a chunk may have.
+  """
+
+  roles: tuple[str, ...]
+  of: Callable[
+    [Mapping[str, Float[Array, "B C V"]]], Mapping[str, Float[Array, "B C"]]
+  ]
+  slots: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,14 +180,18 @@ class Scorer:
     hidden: Mapping[str, Float[Array, "B T D"]],
     heads: Mapping[str, Params],
     batch: ScoringBatch,
-  ) -> tuple[dict[str, ModelScores], Observed]:
+    measure: Measure | None = None,
+  ) -> Found:
     """Scores [B, T] of the roles in `hidden`, without gradient.
 
-    Whole distributions are left out: they exist in the gradient pass only.
+    Whole distributions are left out: only what `measure` makes of them is kept.
     """
-    chunks = Chunks.of(self, batch)
+    chunks = Chunks.of(self, batch, measure.slots if measure else None)
+    wide = measure.roles if measure else ()
     requests = {
-      role: dataclasses.replace(getattr(needs, role), vocab_logprobs=False)
+      role: dataclasses.replace(
+        getattr(needs, role), vocab_logprobs=role in wide
+      )
       for role in hidden
     }
 
@@ -167,38 +203,59 @@ class Scorer:
         )
         for role in hidden
       }
-      scores = {role: pair[0] for role, pair in pairs.items()}
-      return None, (scores, {role: pair[1] for role, pair in pairs.items()})
+      measures = {}
+      if measure is not None:
+        found = measure.of(
+          {role: pairs[role][0].vocab_logprobs for role in wide}
+        )
+        measures = {
+          name: jnp.where(mask, values, 0.0) for name, values in found.items()
+        }
+      return None, Found(
+        fields={
+          role: dataclasses.replace(pair[0], vocab_logprobs=ABSENT)
+          for role, pair in pairs.items()
+        },
+        observed={role: pair[1] for role, pair in pairs.items()},
+        measures=measures,
+      )
 
     parts = chunks.cut((dict(hidden), batch.tokens, batch.loss_mask))
     _, found = jax.lax.scan(body, None, parts)
     return jax.lax.stop_gradient(chunks.join(found))
 
-  def prepare_fields(
+  def first_pass(
     self,
-    objective: Objective,
+    needs: Needs,
     parameters: Parameters,
     batch: ScoringBatch,
     states: Mapping[str, Float[Array, "B T D"]] | None = None,
-  ) -> tuple[dict[str, ModelScores], Observed]:
-    """What an objective's `prepare` reads of some rows, without gradient.
+    measure: Measure | None = None,
+  ) -> Found:
+    """What must be known of some rows before the gradient.
 
     Args:
-      objective: whose `prepare_needs` are met.
+      needs: scores to find.
       parameters: of the models.
       batch: the rows.
       states: hidden states that exist already, by role.
+      measure: what else to find.
     """
     states = dict(states or {})
-    roles = objective.prepare_needs.roles()
+    roles = [
+      role
+      for role in ROLES
+      if role in needs.roles() or (measure and role in measure.roles)
+    ]
     for role in roles:
       if role not in states:
         states[role] = self.hidden(role, parameters.of(role), batch)
     return self.fields(
-      objective.prepare_needs,
+      needs,
       {role: states[role] for role in roles},
       {role: self.head(role, parameters.of(role)) for role in roles},
       batch,
+      measure,
     )
 
   def _score(
@@ -265,11 +322,17 @@ class Chunks:
   size: int
 
   @classmethod
-  def of(cls, scorer: Scorer, batch: ScoringBatch) -> "Chunks":
-    """Equal chunks of about `chunk_tokens` tokens per shard of the batch."""
+  def of(
+    cls, scorer: Scorer, batch: ScoringBatch, slots: int | None = None
+  ) -> "Chunks":
+    """Equal chunks of about `chunk_tokens` tokens per shard of the batch.
+
+    Of at most `slots` slots, if given.
+    """
     rows, length = batch.tokens.shape
     shards = scorer.student.layout.shards("batch")
     size = scorer.chunk_tokens // max(1, rows // shards)
+    size = min(size, slots or length)
     count = math.ceil(length / min(max(size, 1), length))
     return cls(
       scorer=scorer,

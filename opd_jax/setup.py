@@ -18,6 +18,7 @@ from opd_jax.held_out import HeldOut, HeldOutLoss
 from opd_jax.models import Model, ModelConfig, hf
 from opd_jax.objectives.base import Objective
 from opd_jax.scoring import Scorer
+from opd_jax.selector import Selector
 from opd_jax.sharding import DECODE_RULES, TRAIN_RULES, Layout, make_mesh
 from opd_jax.step import Step
 from opd_jax.task import Measurement
@@ -241,6 +242,9 @@ def make_step(setup: Setup, mesh: Mesh | None = None) -> Step:
       teacher_decoder.abstract_params()
     except InputError as error:
       raise InputError(f"teacher, which draws too: {error}") from error
+  selector = None
+  if config.selection is not None:
+    selector = Selector(config=config.selection, vocab_size=setup.vocab_size)
   return Step(
     decoder=Model(setup.student, decode, config.student.compute_dtype),
     teacher_decoder=teacher_decoder,
@@ -257,6 +261,7 @@ def make_step(setup: Setup, mesh: Mesh | None = None) -> Step:
     micro_batches=config.batch.micro_batches,
     steps=config.steps,
     seed=config.seed,
+    selector=selector,
   )
 
 

@@ -117,13 +117,13 @@ class Step(Update):
     roles = [role for role in self.objective.needs.roles() if role in frozen]
 
     def score_part(part: ScoringBatch) -> Observed:
-      _, observed = self.scorer.fields(
+      found = self.scorer.fields(
         self.objective.needs,
         {role: self.scorer.hidden(role, frozen[role], part) for role in roles},
         {role: self.scorer.head(role, frozen[role]) for role in roles},
         part,
       )
-      return observed
+      return found.observed
 
     return self._by_parts(score_part, batch)
 
@@ -222,10 +222,10 @@ class Step(Update):
 
     def score_part(part: ScoringBatch) -> Float[Array, "B T"]:
       hidden = self.scorer.hidden("student", params, part)
-      fields, _ = self.scorer.fields(
+      found = self.scorer.fields(
         needs, {"student": hidden}, {"student": head}, part
       )
-      return fields["student"].logprobs
+      return found.fields["student"].logprobs
 
     return self._by_parts(score_part, batch)
 

@@ -248,6 +248,11 @@ def describe(setup: Setup, step: Step) -> Iterator[str]:
       f"drawn from {config.rollout.teacher_mix:g} x teacher + "
       f"{1 - config.rollout.teacher_mix:g} x student"
     )
+  if config.selection is not None:
+    yield (
+      f"loss on {100 * config.selection.fraction:g} % of the tokens, chosen by "
+      f"{config.selection.name}"
+    )
   yield f"{loop.devices(step.scorer.student)}, {config.mode} step"
 
 

@@ -7,7 +7,7 @@ by the student (`step.py`), or packed examples (`sft.py`).
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -15,14 +15,14 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Key
 
-from opd_jax.gradient import Evaluation, evaluate
+from opd_jax.gradient import Evaluation, Prepared, evaluate, first_pass
 from opd_jax.models import Model
 from opd_jax.objectives import reduce
-from opd_jax.objectives.base import Objective, Schedule, Signals
+from opd_jax.objectives.base import Objective, Schedule
 from opd_jax.optim import state_shardings
-from opd_jax.scoring import Parameters, Scorer, bundle_scores
+from opd_jax.scoring import Found, Parameters, Scorer, bundle_scores
+from opd_jax.selector import Selector
 from opd_jax.types import (
-  ModelScores,
   Params,
   ScoringBatch,
   TrainState,
@@ -31,8 +31,10 @@ from opd_jax.types import (
 Metrics = Mapping[str, Float[Array, ""]]
 Frozen = Mapping[str, Params]
 
-# Folded into the key of a step for the objective; the sampler folds in rows.
+# Folded into the key of a step for the objective and for the selector; the
+# sampler folds in rows.
 _OBJECTIVE = 2**31 - 1
+_SELECTOR = 2**31 - 2
 
 
 class Turn(NamedTuple):
@@ -59,6 +61,7 @@ class Update:
     micro_batches: parts of the batch the gradient is summed over.
     steps: of the whole run.
     seed: of every draw.
+    selector: chooses the tokens that carry loss; None for all.
   """
 
   scorer: Scorer
@@ -68,6 +71,7 @@ class Update:
   micro_batches: int
   steps: int
   seed: int
+  selector: Selector | None = None
 
   def init_state(self, params: Params) -> TrainState:
     """The state before the first step."""
@@ -93,21 +97,47 @@ class Update:
   ) -> Evaluation:
     """Value and gradient of the objective on the whole batch of an update."""
     parameters = Parameters(student=state.params, **frozen)
-    counts = reduce.Counts.of(batch.loss_mask)
-    schedule = self.schedule(state.step, turn)
     objective = self.objective
     if batch.start_logprobs is None:
       objective = objective.starting_here()
 
-    def prepare(fields: Mapping[str, ModelScores]) -> Signals:
-      bundle = bundle_scores(batch, fields, objective.prepare_needs)
-      return objective.prepare(bundle, state.objective, schedule)
+    def prepare(found: Found) -> Prepared:
+      return self._prepare(objective, state, batch, found, turn)
 
     if self.micro_batches == 1:
       return evaluate(
-        self.scorer, objective, parameters, batch, counts, prepare
+        self.scorer, objective, self.selector, parameters, batch, prepare
       )
-    return self._accumulate(objective, parameters, batch, counts, prepare)
+    return self._accumulate(objective, parameters, batch, prepare)
+
+  def _prepare(
+    self,
+    objective: Objective,
+    state: TrainState,
+    batch: ScoringBatch,
+    found: Found,
+    turn: Turn | None,
+  ) -> Prepared:
+    """Looks at the whole batch: chooses tokens, counts them, and `prepare`."""
+    fields, selected = found.fields, {}
+    if self.selector is not None:
+      mask = batch.loss_mask
+      key = self._draws(state.step, _SELECTOR, turn)
+      scores = self.selector.scores(found.measures, mask, key)
+      kept = self.selector.choose(scores, mask)
+      selected = {"kept": kept.astype(jnp.float32), "score": scores}
+      batch = dataclasses.replace(batch, loss_mask=kept)
+      fields = jax.tree.map(lambda leaf: jnp.where(kept, leaf, 0.0), fields)
+    return Prepared(
+      loss_mask=batch.loss_mask,
+      counts=reduce.Counts.of(batch.loss_mask),
+      signals=objective.prepare(
+        bundle_scores(batch, fields, objective.prepare_needs),
+        state.objective,
+        self.schedule(state.step, turn),
+      ),
+      selected=selected,
+    )
 
   def update(
     self,
@@ -158,12 +188,20 @@ class Update:
     self, step: Int[Array, ""], turn: Turn | None = None
   ) -> Schedule:
     """What an objective knows of the place of an update in the run."""
-    key = jax.random.fold_in(self._key(step), _OBJECTIVE)
+    return Schedule(
+      step=step,
+      progress=step.astype(jnp.float32) / self.steps,
+      key=self._draws(step, _OBJECTIVE, turn),
+    )
+
+  def _draws(
+    self, step: Int[Array, ""], purpose: int, turn: Turn | None
+  ) -> Key[Array, ""]:
+    """The key of an update's draws, the same in every pass over its rows."""
+    key = jax.random.fold_in(self._key(step), purpose)
     if turn is not None:
       key = jax.random.fold_in(key, turn.mini_batch)
-    return Schedule(
-      step=step, progress=step.astype(jnp.float32) / self.steps, key=key
-    )
+    return key
 
   def _key(self, step: Int[Array, ""]) -> Key[Array, ""]:
     return jax.random.fold_in(jax.random.key(self.seed), step)
@@ -173,48 +211,46 @@ class Update:
     objective: Objective,
     parameters: Parameters,
     batch: ScoringBatch,
-    counts: reduce.Counts,
-    prepare: Any,
+    prepare: Callable[[Found], Prepared],
   ) -> Evaluation:
     """Sums the evaluation over micro-batches, every normaliser being global."""
-    parts = self._cut((batch, counts.tokens_in_row), self.micro_batches)
+    parts = self._cut(batch, self.micro_batches)
 
-    def fields_of(part: Any) -> Any:
-      return self.scorer.prepare_fields(objective, parameters, part[0])
+    def first(part: ScoringBatch) -> Found:
+      return first_pass(self.scorer, objective, self.selector, parameters, part)
 
-    found = jax.lax.map(fields_of, parts)
-    signals = prepare(self._join(found[0]))
-    by_row = self._cut(
-      (dict(signals.token), dict(signals.row)), self.micro_batches
-    )
+    found = jax.lax.map(first, parts)
+    prepared = prepare(self._join(found))
 
     def evaluate_part(part: Any) -> Evaluation:
-      (rows, tokens_in_row), fields, (token, row) = part
+      rows, found, by_row = part
       return evaluate(
         self.scorer,
         objective,
+        self.selector,
         parameters,
         rows,
-        dataclasses.replace(counts, tokens_in_row=tokens_in_row),
-        lambda _: dataclasses.replace(signals, token=token, row=row),
-        fields,
+        lambda _: prepared.with_rows(by_row),
+        found,
       )
 
     def body(total: Evaluation, part: Any) -> tuple[Evaluation, Any]:
       evaluation = evaluate_part(part)
-      sums = dataclasses.replace(evaluation, observed={})
+      sums = dataclasses.replace(evaluation, observed={}, selected={})
       return jax.tree.map(jnp.add, total, sums), evaluation.observed
 
-    scanned = (parts, found, by_row)
+    scanned = (parts, found, self._cut(prepared.by_row(), self.micro_batches))
     shapes = jax.eval_shape(
       evaluate_part, jax.tree.map(lambda leaf: leaf[0], scanned)
     )
     zero = jax.tree.map(
       lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-      dataclasses.replace(shapes, observed={}),
+      dataclasses.replace(shapes, observed={}, selected={}),
     )
     total, observed = jax.lax.scan(body, zero, scanned)
-    return dataclasses.replace(total, observed=self._join(observed))
+    return dataclasses.replace(
+      total, observed=self._join(observed), selected=prepared.selected
+    )
 
   def _cut(self, tree: Any, parts: int, together: int = 1) -> Any:
     """[B, ...] -> [parts, B / parts, ...], every shard keeping its rows.
@@ -310,6 +346,9 @@ def step_metrics(
 ) -> Metrics:
   """What a step tells, from before its update; means run over loss tokens.
 
+  With a selector they run over all tokens it could choose from, and tell of the
+  models that it looks at; losses and statistics are of the chosen ones.
+
   `train/loss` is the sum of the terms `loss/NAME`; `teacher/kl` the mean of
   log student - log teacher over drawn tokens, the sampled estimate of
   KL(student || teacher) in nats; `mismatch` compares the log-probabilities of
@@ -326,6 +365,12 @@ def step_metrics(
   metrics = {"train/loss": sum(evaluation.losses.values(), jnp.float32(0.0))}
   metrics |= {f"loss/{k}": v for k, v in evaluation.losses.items()}
   metrics |= {f"objective/{k}": v for k, v in evaluation.statistics.items()}
+  if evaluation.selected:
+    kept = evaluation.selected["kept"]
+    chosen = jnp.maximum(jnp.sum(kept), 1.0)
+    scores = jnp.where(kept > 0, evaluation.selected["score"], 0.0)
+    metrics["selection/fraction"] = jnp.sum(kept) / count
+    metrics["selection/score"] = jnp.sum(scores) / chosen
   for role, seen in evaluation.observed.items():
     metrics[f"{role}/entropy"] = mean(seen["entropy"])
     if "masked_mass" in seen:

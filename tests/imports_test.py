@@ -18,7 +18,15 @@ PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "opd_jax"
 BASE = {"errors", "types", "config", "parsing", "sharding", "sequences"}
 TEXT = {"tokenizer", "templates", "arith", "data"}
 PARTS = BASE | {"models", "sampling", "objectives"} | TEXT
-CORE = PARTS | {"scoring", "gradient", "optim", "update", "step", "programs"}
+CORE = PARTS | {
+  "scoring",
+  "selector",
+  "gradient",
+  "optim",
+  "update",
+  "step",
+  "programs",
+}
 MEASURES = {"held_out", "verifiers", "estimates", "generate", "evaluate"}
 TOOLS = {"flops", "checkpoint", "metrics", "export", "meter", "summary"}
 RUN = CORE | MEASURES | TOOLS | {"task", "interrupts", "loop"}
@@ -43,9 +51,10 @@ ALLOWED = {
   "data": BASE | {"tokenizer", "templates", "arith"},
   #
   "scoring": PARTS,
-  "gradient": PARTS | {"scoring"},
+  "selector": PARTS,
+  "gradient": PARTS | {"scoring", "selector"},
   "optim": PARTS,
-  "update": PARTS | {"scoring", "gradient", "optim"},
+  "update": PARTS | {"scoring", "selector", "gradient", "optim"},
   "step": PARTS | {"scoring", "gradient", "optim", "update"},
   "programs": {"types", "step", "update"},
   #

@@ -23,6 +23,7 @@ from opd_jax.config.run import (
   RunConfig,
   SftConfig,
 )
+from opd_jax.config.selection import SelectionConfig
 from opd_jax.config.step import (
   BatchConfig,
   MeshConfig,
@@ -49,6 +50,7 @@ __all__ = [
   "RolloutConfig",
   "RunConfig",
   "SamplingConfig",
+  "SelectionConfig",
   "SftConfig",
   "SftDataConfig",
   "SftStudentSource",

@@ -8,6 +8,7 @@ from opd_jax.config.checks import require
 from opd_jax.config.data import DataConfig, SftDataConfig
 from opd_jax.config.measure import EvalConfig, HeldOutConfig
 from opd_jax.config.rollout import RolloutConfig
+from opd_jax.config.selection import SelectionConfig
 from opd_jax.config.step import (
   BatchConfig,
   MeshConfig,
@@ -101,6 +102,7 @@ class RunConfig:
     rollout: who writes the completions.
     batch: rows per step, and updates.
     objective: `name` of an objective, and its own options.
+    selection: which tokens carry loss; None for all.
     optimizer: how the gradient is applied.
     mesh: how many devices each parallel axis has.
     held_out: the loss on held-out texts.
@@ -123,6 +125,7 @@ class RunConfig:
   rollout: RolloutConfig = RolloutConfig()
   batch: BatchConfig = BatchConfig()
   objective: Mapping[str, Any]
+  selection: SelectionConfig | None = None
   optimizer: OptimizerConfig = OptimizerConfig()
   mesh: MeshConfig = MeshConfig()
   held_out: HeldOutConfig = HeldOutConfig()

@@ -125,6 +125,15 @@ class Needs:
     student = dataclasses.replace(self.student, logprobs=True)
     return dataclasses.replace(self, student=student)
 
+  def covers(self, later: "Needs", role: str) -> bool:
+    """Whether all that is needed later of a frozen role is needed here."""
+    before, after = getattr(self, role), getattr(later, role)
+    return (
+      not after.vocab_logprobs
+      and before.logprobs >= after.logprobs
+      and before.entropy >= after.entropy
+    )
+
   def gradient_roles(self) -> tuple[str, ...]:
     """The student roles that carry gradient."""
     return tuple(
@@ -272,16 +281,6 @@ class Objective:
       self.check_vocabulary_fn(self.config, vocab_size)
     except InputError as error:
       raise InputError(f"objective {self.name}: {error}") from error
-
-  def prepare_covers(self, role: str) -> bool:
-    """Whether all `terms` reads of a frozen role, `prepare` has read before."""
-    before = getattr(self.prepare_needs, role)
-    after = getattr(self.needs, role)
-    return (
-      not after.vocab_logprobs
-      and before.logprobs >= after.logprobs
-      and before.entropy >= after.entropy
-    )
 
   def starting_here(self) -> "Objective":
     """This objective on rows whose student has not moved yet."""

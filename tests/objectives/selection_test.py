@@ -1,4 +1,4 @@
-"""Tokens by rank: the count, ties, padding, signs, and many devices."""
+"""Tokens by rank: the count, ties, padding, signs, quantiles, many devices."""
 
 from fractions import Fraction
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from opd_jax.objectives.selection import top_fraction
+from opd_jax.objectives.selection import largest, quantile, top_fraction
 from opd_jax.sharding import make_mesh
 
 top = jax.jit(top_fraction, static_argnums=2)
@@ -68,3 +68,51 @@ def test_eight_devices_choose_the_same_without_gathering():
   text = top.lower(*spread, 0.3).compile().as_text()
   assert "all-reduce" in text
   assert "all-gather" not in text
+
+
+first = jax.jit(largest, static_argnums=(2, 3))
+
+
+@pytest.mark.parametrize("per_row", [True, False])
+@pytest.mark.parametrize("fraction", [0.1, 0.29, 0.5, 0.57, 1.0])
+def test_a_share_is_counted_exactly_and_ties_go_to_the_first(fraction, per_row):
+  """max(1, floor(fraction m)) of m, with many equal values among them."""
+  rng = np.random.default_rng(11)
+  lengths = np.array([100, 0, 1, 3, 64, 99, 100, 7])
+  mask = np.arange(100) < lengths[:, None]
+  mask &= rng.random(mask.shape) < 0.9
+  mask[0] = True
+  values = rng.integers(-3, 4, mask.shape).astype(np.float32) / 2
+  chosen = np.asarray(
+    first(np.where(mask, values, np.nan), mask, fraction, per_row)
+  )
+  expected = np.zeros_like(mask)
+  groups = list(range(8)) if per_row else [slice(None)]
+  for group in groups:
+    inside = np.flatnonzero(mask[group])
+    count = int(Fraction(str(fraction)) * len(inside))
+    count = min(max(count, 1), len(inside))
+    order = np.argsort(-values[group].ravel()[inside], kind="stable")
+    taken = np.zeros(mask[group].size, bool)
+    taken[inside[order[:count]]] = True
+    expected[group] = taken.reshape(mask[group].shape)
+  np.testing.assert_array_equal(chosen, expected)
+  if per_row:
+    assert chosen[0].sum() == round(100 * fraction)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.29, 0.98, 1.0])
+def test_quantiles_are_those_of_numpy(fraction):
+  rng = np.random.default_rng(5)
+  mask = np.arange(30) < np.array([30, 1, 2, 17])[:, None]
+  values = rng.normal(size=mask.shape).astype(np.float32)
+  values[0, :9] = values[0, 20]  # Equal ones on both sides.
+  found = quantile(jnp.asarray(values), jnp.asarray(mask), fraction, True)
+  expected = [
+    np.quantile(row[kept].astype(np.float64), fraction)
+    for row, kept in zip(values, mask, strict=True)
+  ]
+  np.testing.assert_allclose(found[:, 0], expected, atol=1e-6)
+  whole = quantile(jnp.asarray(values), jnp.asarray(mask), fraction, False)
+  expected = np.quantile(values[mask].astype(np.float64), fraction)
+  np.testing.assert_allclose(whole[0, 0], expected, atol=1e-6)
