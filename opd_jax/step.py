@@ -15,11 +15,13 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int, Key
 
 from opd_jax import sampling
-from opd_jax.config import SamplingConfig
+from opd_jax.config import RolloutConfig, SamplingConfig
 from opd_jax.models import Model
+from opd_jax.replay import Source, State
+from opd_jax.sampling import Given
 from opd_jax.scoring import Observed
 from opd_jax.types import (
   STOP_LENGTH,
@@ -32,6 +34,9 @@ from opd_jax.types import (
 )
 from opd_jax.update import Frozen, Metrics, Update
 
+# Folded into the key of a step for what is given; see `update` for the others.
+_GIVEN = 2**31 - 2
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Step(Update):
@@ -42,12 +47,14 @@ class Step(Update):
     sampling: how completions are drawn.
     stop_ids: that end them.
     rollouts: G, completions per prompt.
+    mixing: what of the completions is given.
   """
 
   decoder: Model
   sampling: SamplingConfig
   stop_ids: tuple[int, ...]
   rollouts: int
+  mixing: RolloutConfig = RolloutConfig()
 
   @jax.named_scope("rollout")
   def rollout(
@@ -56,22 +63,59 @@ class Step(Update):
     frozen: Frozen,
     step: Int[Array, ""],
     inputs: StepInputs,
+    replay: State | None = None,
   ) -> Rollout:
-    """Draws the completions of a step; the key is (seed, step)."""
-    layout = self.decoder.layout
-    prompts = PromptBatch(
-      tokens=layout.constrain(inputs.prompts.tokens, ("batch", None)),
-      lengths=layout.constrain(inputs.prompts.lengths, ("batch",)),
+    """Draws the completions of a step; the key is (seed, step).
+
+    Args:
+      params: the student's.
+      frozen: the other models', by role.
+      step: updates done.
+      inputs: of the step.
+      replay: arrays of the replay buffer, where there is one.
+    """
+    prompts = self._rows(inputs.prompts)
+    options = {
+      "config": self.sampling,
+      "stop_ids": self.stop_ids,
+      "rollouts": self.rollouts,
+      "key": self._key(step),
+      "vocab_size": self.scorer.vocab_size,
+    }
+    copy = self.decoder.working_copy(params)
+    if inputs.given is None:
+      return sampling.sample(self.decoder, copy, prompts, **options)
+    stored = jax.tree.map(
+      lambda leaf: jnp.repeat(leaf, self.rollouts, axis=0),
+      self._rows(inputs.given),
     )
-    return sampling.sample(
-      self.decoder,
-      self.decoder.working_copy(params),
-      prompts,
-      config=self.sampling,
-      stop_ids=self.stop_ids,
-      rollouts=self.rollouts,
-      key=self._key(step),
-      vocab_size=self.scorer.vocab_size,
+    prefixes = self.mixing.prefix != "none"
+    if self.replay is None or replay is None:
+      given = sampling.choose(
+        self.mixing,
+        stored,
+        self.schedule(step).progress,
+        self._given_key(step),
+        self.stop_ids,
+      )
+      return sampling.complete(
+        self.decoder, copy, prompts, given, prefixes=prefixes, **options
+      )
+    source = self._source(replay, step, inputs)
+    taken = ~source.fresh & (stored.lengths > 0)
+    given = Given(
+      tokens=stored.tokens,
+      lengths=jnp.where(taken, stored.lengths, 0),
+      complete=taken | source.replayed,
+    )
+    rollout = sampling.complete(
+      self.decoder, copy, prompts, given, prefixes=prefixes, **options
+    )
+    rows = stored.lengths.shape[0]
+    key = jax.random.fold_in(self._given_key(step), 1)
+    kept = self.replay.pull(replay, rows, key)
+    return jax.tree.map(
+      lambda old, new: jnp.where(source.replayed, old, new), kept, rollout
     )
 
   def score(self, frozen: Frozen, batch: ScoringBatch) -> Observed:
@@ -95,7 +139,9 @@ class Step(Update):
     self, state: TrainState, frozen: Frozen, inputs: StepInputs
   ) -> tuple[TrainState, Metrics, Rollout]:
     """The whole step: rollout, scoring, objective, update."""
-    rollout = self.rollout(state.params, frozen, state.step, inputs)
+    rollout = self.rollout(
+      state.params, frozen, state.step, inputs, state.replay
+    )
     state, metrics = self.update_from(state, frozen, inputs, rollout)
     return state, metrics, rollout
 
@@ -108,10 +154,21 @@ class Step(Update):
   ) -> tuple[TrainState, Metrics]:
     """The second half of `train`, the rollout being given."""
     batch = self.scoring_batch(rollout, inputs)
+    buffer = state.replay
+    if self.replay is not None:
+      source = self._source(buffer, state.step, inputs)
+      buffer = self.replay.push(buffer, rollout, source.fresh)
+    filled = buffer.get("filled")
     state, metrics = self.update(
       state, frozen, batch, pure_sampling=self.sampling.is_pure
     )
+    state = dataclasses.replace(state, replay=buffer)
     metrics = {**metrics, **rollout_metrics(rollout)}
+    if inputs.given is not None:
+      metrics |= given_metrics(rollout)
+    if inputs.replay_threshold is not None and filled is not None:
+      metrics["replay/threshold"] = inputs.replay_threshold
+      metrics["replay/filled"] = filled.astype(jnp.float32)
     if inputs.teacher_prompts is not None:
       metrics["teacher/prompt_length_mean"] = jnp.mean(
         inputs.teacher_prompts.lengths, dtype=jnp.float32
@@ -119,7 +176,7 @@ class Step(Update):
     return state, metrics
 
   def scoring_batch(self, rollout: Rollout, inputs: StepInputs) -> ScoringBatch:
-    """All drawn tokens carry loss and have a behavior log-probability."""
+    """All tokens carry loss; those drawn have a behavior log-probability."""
     rows = rollout.tokens.shape[0]
     privileged, teacher_prompts = jax.tree.map(
       lambda leaf: jnp.repeat(leaf, self.rollouts, axis=0),
@@ -130,23 +187,65 @@ class Step(Update):
       privileged=privileged,
       teacher_prompts=teacher_prompts,
       tokens=rollout.tokens,
-      lengths=jnp.sum(rollout.sampled_mask, axis=1, dtype=jnp.int32),
+      lengths=rollout.lengths,
       sampled_mask=rollout.sampled_mask,
-      loss_mask=rollout.sampled_mask,
+      loss_mask=completion_mask(rollout),
       behavior_valid=rollout.sampled_mask,
       behavior_logprobs=rollout.behavior_logprobs,
       group=jnp.arange(rows, dtype=jnp.int32) // self.rollouts,
     )
 
+  def _rows(self, batch: PromptBatch) -> PromptBatch:
+    """Ids spread over the devices as they are decoded."""
+    layout = self.decoder.layout
+    return PromptBatch(
+      tokens=layout.constrain(batch.tokens, ("batch", None)),
+      lengths=layout.constrain(batch.lengths, ("batch",)),
+    )
+
+  def _given_key(self, step: Int[Array, ""]) -> Key[Array, ""]:
+    return jax.random.fold_in(self._key(step), _GIVEN)
+
+  def _source(
+    self, replay: State, step: Int[Array, ""], inputs: StepInputs
+  ) -> Source:
+    """What this step trains on, the same in both halves of it."""
+    if self.replay is None or inputs.replay_threshold is None:
+      raise ValueError("this run has no replay buffer")
+    return self.replay.source(
+      replay,
+      inputs.replay_threshold,
+      self.schedule(step).progress,
+      self._given_key(step),
+    )
+
+
+def completion_mask(rollout: Rollout) -> Bool[Array, "B T"]:
+  """The tokens of completions, drawn or given."""
+  index = jnp.arange(rollout.tokens.shape[1])[None, :]
+  return index < rollout.lengths[:, None]
+
+
+def given_metrics(rollout: Rollout) -> Metrics:
+  """What of the completions was given: fractions, and tokens a row."""
+  drawn = jnp.sum(rollout.sampled_mask, axis=1, dtype=jnp.int32)
+  lengths = (rollout.lengths - drawn).astype(jnp.float32)
+  total = jnp.sum(rollout.lengths, dtype=jnp.float32)
+  return {
+    "rollout/given_rows": jnp.mean(lengths > 0, dtype=jnp.float32),
+    "rollout/given_tokens": jnp.sum(lengths) / jnp.maximum(total, 1.0),
+    "rollout/given_length_mean": jnp.mean(lengths),
+  }
+
 
 def rollout_metrics(rollout: Rollout) -> Metrics:
   """Lengths in tokens, and the fraction that ran into the limit."""
-  lengths = jnp.sum(rollout.sampled_mask, axis=1, dtype=jnp.float32)
+  lengths = rollout.lengths.astype(jnp.float32)
   return {
     "rollout/prompt_length_mean": jnp.mean(
       rollout.prompts.lengths, dtype=jnp.float32
     ),
-    "rollout/tokens": jnp.sum(lengths),
+    "rollout/tokens": jnp.sum(rollout.sampled_mask, dtype=jnp.float32),
     "rollout/length_mean": jnp.mean(lengths),
     "rollout/length_max": jnp.max(lengths),
     "rollout/truncated": jnp.mean(

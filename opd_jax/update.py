@@ -20,6 +20,7 @@ from opd_jax.models import Model
 from opd_jax.objectives import reduce
 from opd_jax.objectives.base import Objective, Schedule, Signals
 from opd_jax.optim import state_shardings
+from opd_jax.replay import Buffer
 from opd_jax.scoring import Parameters, Scorer, bundle_scores
 from opd_jax.types import (
   ModelScores,
@@ -31,7 +32,8 @@ from opd_jax.types import (
 Metrics = Mapping[str, Float[Array, ""]]
 Frozen = Mapping[str, Params]
 
-# Folded into the key of a step for the objective; the sampler folds in rows.
+# Folded into the key of a step for the objective; the sampler folds in rows,
+# `step.py` another for what is given.
 _OBJECTIVE = 2**31 - 1
 
 
@@ -47,6 +49,7 @@ class Update:
     micro_batches: parts of the batch the gradient is summed over.
     steps: of the whole run.
     seed: of every draw.
+    replay: the buffer of completions to be trained on again, if there is one.
   """
 
   scorer: Scorer
@@ -56,14 +59,17 @@ class Update:
   micro_batches: int
   steps: int
   seed: int
+  replay: Buffer | None = None
 
   def init_state(self, params: Params) -> TrainState:
     """The state before the first step."""
-    return init_state(params, self.optimizer, self.objective)
+    return init_state(params, self.optimizer, self.objective, self.replay)
 
   def abstract_state(self) -> TrainState:
     """Shapes, dtypes and places of the state, before any weight exists."""
-    return abstract_state(self.scorer.student, self.optimizer, self.objective)
+    return abstract_state(
+      self.scorer.student, self.optimizer, self.objective, self.replay
+    )
 
   def place_state(self, params: Params) -> TrainState:
     """The state before the first step, in its places; uses up the weights."""
@@ -119,6 +125,7 @@ class Update:
       objective=dict(
         self.objective.update_state(state.objective, evaluation.statistics)
       ),
+      replay=state.replay,
     )
     metrics = {
       **step_metrics(evaluation, batch, pure_sampling),
@@ -211,6 +218,7 @@ def init_state(
   params: Params,
   optimizer: optax.GradientTransformation,
   objective: Objective,
+  replay: Buffer | None = None,
 ) -> TrainState:
   """The state before the first step."""
   return TrainState(
@@ -218,6 +226,7 @@ def init_state(
     params=params,
     optimizer=optimizer.init(params),
     objective=dict(objective.init_state()),
+    replay={} if replay is None else replay.empty(),
   )
 
 
@@ -225,12 +234,13 @@ def abstract_state(
   student: Model,
   optimizer: optax.GradientTransformation,
   objective: Objective,
+  replay: Buffer | None = None,
 ) -> TrainState:
   """`ShapeDtypeStruct`s of a state with its places; moments beside weights."""
   params = student.abstract_params()
   everywhere = student.layout.replicated()
   shapes = jax.eval_shape(
-    lambda params: init_state(params, optimizer, objective), params
+    lambda params: init_state(params, optimizer, objective, replay), params
   )
   param_places = jax.tree.map(lambda leaf: leaf.sharding, params)
   places = dataclasses.replace(
@@ -282,5 +292,6 @@ def step_metrics(
     metrics["mismatch/max"] = jnp.max(gap)
     teacher = evaluation.observed.get("teacher")
     if teacher is not None:
-      metrics["teacher/kl"] = mean(student["logprobs"] - teacher["logprobs"])
+      kl = jnp.where(valid, student["logprobs"] - teacher["logprobs"], 0.0)
+      metrics["teacher/kl"] = jnp.sum(kl) / valid_count
   return metrics

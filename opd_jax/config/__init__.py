@@ -15,6 +15,7 @@ from opd_jax.config.measure import (
   EvalConfig,
   HeldOutConfig,
 )
+from opd_jax.config.rollout import RolloutConfig
 from opd_jax.config.run import (
   CheckpointConfig,
   LogConfig,
@@ -45,6 +46,7 @@ __all__ = [
   "OptimizerConfig",
   "PackedBatchConfig",
   "PreflightConfig",
+  "RolloutConfig",
   "RunConfig",
   "SamplingConfig",
   "SftConfig",

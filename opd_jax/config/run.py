@@ -7,6 +7,7 @@ from typing import Any, Literal
 from opd_jax.config.checks import require
 from opd_jax.config.data import DataConfig, SftDataConfig
 from opd_jax.config.measure import EvalConfig, HeldOutConfig
+from opd_jax.config.rollout import RolloutConfig
 from opd_jax.config.step import (
   BatchConfig,
   MeshConfig,
@@ -97,6 +98,7 @@ class RunConfig:
       for the others.
     data: the prompts.
     sampling: how the student draws.
+    rollout: what of a completion is given instead of drawn.
     batch: rows per step.
     objective: `name` of an objective, and its own options.
     optimizer: how the gradient is applied.
@@ -117,6 +119,7 @@ class RunConfig:
   reference: ModelSource | None = None
   data: DataConfig
   sampling: SamplingConfig = SamplingConfig()
+  rollout: RolloutConfig = RolloutConfig()
   batch: BatchConfig = BatchConfig()
   objective: Mapping[str, Any]
   optimizer: OptimizerConfig = OptimizerConfig()

@@ -28,7 +28,7 @@ with one micro-batch, and an extra forward of the student with several.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jaxtyping import Array, Float, Int, Key
@@ -76,6 +76,9 @@ class Needs:
     host: a host stage must run between rollout and scoring.
     pure_sampling: there is no correction for how the tokens are drawn, which
       must be from the student's whole distribution, without filters.
+    given: whether completions may hold tokens that the student did not draw
+      (`loss_mask & ~sampled_mask`, without a behavior): "never"; "may"; "must"
+      where an option is about nothing else.
   """
 
   student: Request = Request()
@@ -85,6 +88,7 @@ class Needs:
   whole_rows: bool = False
   host: bool = False
   pure_sampling: bool = False
+  given: Literal["never", "may", "must"] = "never"
 
   def __post_init__(self):
     wide = [role for role in ROLES if getattr(self, role).vocab_logprobs]

@@ -1,5 +1,14 @@
 """Drawing completions: the decode loop, the filters and the draw itself."""
 
+from opd_jax.sampling.given import Given, choose, complete, ends_in_stop
 from opd_jax.sampling.sampler import Decoder, check, sample
 
-__all__ = ["Decoder", "check", "sample"]
+__all__ = [
+  "Decoder",
+  "Given",
+  "check",
+  "choose",
+  "complete",
+  "ends_in_stop",
+  "sample",
+]
