@@ -32,7 +32,7 @@ def right_align(
 def extend(
   prompts: PromptBatch, tokens: Int[Array, "B T"], lengths: Int[Array, " B"]
 ) -> PromptBatch:
-  """Prompts of P + T slots that go on with the first `lengths` of the tokens."""
+  """Prompts of P + T slots that go on with the first `lengths` tokens."""
   slots = prompts.tokens.shape[1]
   width = slots + tokens.shape[1]
   index = jnp.arange(width, dtype=jnp.int32)[None, :]

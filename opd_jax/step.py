@@ -54,7 +54,7 @@ class Step(Update):
   sampling: SamplingConfig
   stop_ids: tuple[int, ...]
   rollouts: int
-  mixing: RolloutConfig = RolloutConfig()
+  mixing: RolloutConfig
 
   @jax.named_scope("rollout")
   def rollout(

@@ -19,6 +19,7 @@ BASE = {"errors", "types", "config", "parsing", "sharding", "sequences"}
 TEXT = {"tokenizer", "templates", "arith", "data"}
 PARTS = BASE | {"models", "sampling", "objectives"} | TEXT
 CORE = PARTS | {"scoring", "gradient", "optim", "update", "step", "programs"}
+CORE |= {"replay"}
 MEASURES = {"held_out", "verifiers", "estimates", "generate", "evaluate"}
 TOOLS = {"flops", "checkpoint", "metrics", "export", "meter", "summary"}
 RUN = CORE | MEASURES | TOOLS | {"task", "interrupts", "loop"}
@@ -45,8 +46,9 @@ ALLOWED = {
   "scoring": PARTS,
   "gradient": PARTS | {"scoring"},
   "optim": PARTS,
-  "update": PARTS | {"scoring", "gradient", "optim"},
-  "step": PARTS | {"scoring", "gradient", "optim", "update"},
+  "replay": {"types", "config"},
+  "update": PARTS | {"scoring", "gradient", "optim", "replay"},
+  "step": PARTS | {"scoring", "gradient", "optim", "replay", "update"},
   "programs": {"types", "step", "update"},
   #
   "verifiers": {"errors"},

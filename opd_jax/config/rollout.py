@@ -53,9 +53,7 @@ class RolloutConfig:
   def __post_init__(self):
     for name in ("stored_fraction", "replay_threshold", "replay_raise"):
       value = getattr(self, name)
-      require(
-        0 <= value <= 1, f"rollout.{name} must be in [0, 1], got {value}"
-      )
+      require(0 <= value <= 1, f"rollout.{name} must be in [0, 1], got {value}")
     require(
       self.replay_rise > 0,
       f"rollout.replay_rise must be > 0, got {self.replay_rise}",

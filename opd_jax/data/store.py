@@ -17,7 +17,7 @@ again from the text. To all other readers it is a Parquet file like any.
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,10 @@ class Origin:
 
 
 def write(
-  path: str | Path, source: Sequence[Row], rows: Iterable[Row], origin: Origin
+  path: str | Path,
+  source: Sequence[Mapping[str, Any]],
+  rows: Iterable[Row],
+  origin: Origin,
 ) -> int:
   """Writes a store; the file appears when it is complete.
 
@@ -108,7 +111,7 @@ def write(
   return count
 
 
-def _types(rows: Sequence[Row]) -> dict[str, Any]:
+def _types(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
   """The Arrow type of every field, from its values in all rows."""
   import pyarrow as pa
 

@@ -1,8 +1,8 @@
 """Hugging Face checkpoints: names, shapes, and reading into place."""
 
 import contextlib
-import hashlib
 import dataclasses
+import hashlib
 import json
 import math
 import re

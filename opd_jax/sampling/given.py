@@ -78,9 +78,7 @@ def choose(
   return Given(tokens=stored.tokens, lengths=lengths, complete=whole | stops)
 
 
-def prefix_limit(
-  length: int, progress: Float[Array, ""]
-) -> Float[Array, ""]:
+def prefix_limit(length: int, progress: Float[Array, ""]) -> Float[Array, ""]:
   """Most tokens of a prefix: L (1 + cos(pi s / S)) / 2 of L at s of S steps.
 
   Source: arXiv 2606.01249, Sec. 4.3, which names a cosine from the full length
@@ -90,7 +88,9 @@ def prefix_limit(
 
 
 def ends_in_stop(
-  tokens: Int[Array, "B T"], lengths: Int[Array, " B"], stop_ids: tuple[int, ...]
+  tokens: Int[Array, "B T"],
+  lengths: Int[Array, " B"],
+  stop_ids: tuple[int, ...],
 ) -> Bool[Array, " B"]:
   """Whether the last of the first `lengths` ids of a row is a stop id."""
   last = jnp.maximum(lengths - 1, 0)[:, None]
