@@ -81,6 +81,7 @@ def run(
     else:
       place = checkpoints.read_place(saved_step)
       data.set_state(place["data"])
+      task.set_state(place["task"])
       measured, spent = place["measured"], place["spent"]
       state, _ = checkpoints.restore(saved_step, task.abstract_state())
       tell.print(f"resuming after step {saved_step}")
@@ -121,6 +122,7 @@ def run(
               record(values)
             found |= values
         measured["after"] |= found
+        task.observe(done, found)
         examples = [
           example
           for measurement in measurements
@@ -138,6 +140,7 @@ def run(
         with meter.paused():
           place = {
             "data": data.get_state(),
+            "task": task.get_state(),
             "measured": measured,
             "spent": spent_by_now(),
           }

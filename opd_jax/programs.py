@@ -83,7 +83,7 @@ class Programs:
     """Runs a step; `state` is used up."""
     if self._mode == "fused":
       return self.compiled["train"](state, frozen, inputs)
-    rollout = self.compiled["rollout"](state.params, frozen, state.step, inputs)
+    rollout = self.compiled["rollout"](*_drawing(state, frozen, inputs))
     state, metrics = self.compiled["update"](state, frozen, inputs, rollout)
     return state, metrics, rollout
 
@@ -103,7 +103,7 @@ class Programs:
     self._compile("score", score, (frozen, inputs, shape))
     jax.block_until_ready(state)
     rollout, sample_seconds = _timed(
-      self.compiled["rollout"], state.params, frozen, state.step, inputs
+      self.compiled["rollout"], *_drawing(state, frozen, inputs)
     )
     _, score_seconds = _timed(self.compiled["score"], frozen, inputs, rollout)
     return {"time/sample": sample_seconds, "time/score": score_seconds}
@@ -111,16 +111,18 @@ class Programs:
   def _compile_rollout(
     self, state: TrainState, frozen: Frozen, inputs: StepInputs
   ) -> None:
-    arguments = (state.params, frozen, state.step, inputs)
     self._compile(
-      "rollout", self._step.rollout, arguments, out_shardings=self._everywhere
+      "rollout",
+      self._step.rollout,
+      _drawing(state, frozen, inputs),
+      out_shardings=self._everywhere,
     )
 
   def _rollout_shape(
     self, state: TrainState, frozen: Frozen, inputs: StepInputs
   ) -> Rollout:
     shapes = jax.eval_shape(
-      self._step.rollout, state.params, frozen, state.step, inputs
+      self._step.rollout, *_drawing(state, frozen, inputs)
     )
     return jax.tree.map(
       lambda leaf: jax.ShapeDtypeStruct(
@@ -137,6 +139,11 @@ class Programs:
     start = time.monotonic()
     self.compiled[name] = compiled(function, arguments, **options)
     self.compile_seconds += time.monotonic() - start
+
+
+def _drawing(state: TrainState, frozen: Frozen, inputs: StepInputs) -> Any:
+  """The arguments of a rollout."""
+  return state.params, frozen, state.step, inputs, state.replay
 
 
 def _timed(function: Callable, *arguments: Any) -> tuple[Any, float]:

@@ -13,6 +13,7 @@ from opd_jax.errors import InputError
 from opd_jax.loop import CHECKPOINT_FOLDER
 from opd_jax.models import Model, ModelConfig, hf
 from opd_jax.parsing import parse
+from opd_jax.replay import Buffer
 from opd_jax.sharding import DECODE_RULES, TRAIN_RULES, Layout, make_mesh
 from opd_jax.tokenizer import Tokenizer
 from opd_jax.types import Params, TrainState
@@ -99,10 +100,12 @@ class Saved:
     """
     if self.workdir is None or self.config is None:
       raise ValueError(f"{self.source} is not the folder of a run")
+    replay = None
     if isinstance(self.config, SftConfig):
       objective = sft.OBJECTIVE
     else:
       objective = objectives.create(self.config.objective)
+      replay = Buffer.of(self.config)
     mesh = make_mesh({}, jax.devices("cpu")[:1])
     student = Model(self.architecture, Layout.create(mesh, TRAIN_RULES))
     checkpoints = Checkpoints(self.workdir / CHECKPOINT_FOLDER, None)
@@ -112,6 +115,7 @@ class Saved:
         student,
         optim.build(self.config.optimizer, self.config.steps),
         objective,
+        replay,
       ),
     )
     checkpoints.close()

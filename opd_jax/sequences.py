@@ -29,6 +29,23 @@ def right_align(
   return jnp.where(empty, 0, tokens), jnp.where(empty, -1, positions)
 
 
+def extend(
+  prompts: PromptBatch, tokens: Int[Array, "B T"], lengths: Int[Array, " B"]
+) -> PromptBatch:
+  """Prompts of P + T slots that go on with the first `lengths` tokens."""
+  slots = prompts.tokens.shape[1]
+  width = slots + tokens.shape[1]
+  index = jnp.arange(width, dtype=jnp.int32)[None, :]
+  behind = index - prompts.lengths[:, None]
+  both = jnp.concatenate([prompts.tokens, tokens], axis=1)
+  source = jnp.where(behind < 0, index, jnp.minimum(slots + behind, width - 1))
+  joined = jnp.take_along_axis(both, source, axis=1)
+  return PromptBatch(
+    tokens=jnp.where(behind < lengths[:, None], joined, 0),
+    lengths=prompts.lengths + lengths,
+  )
+
+
 def join(
   prompts: PromptBatch, completion: Int[Array, "B T"], lengths: Int[Array, " B"]
 ) -> tuple[Int[Array, "B S"], Int[Array, "B S"]]:

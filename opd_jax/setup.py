@@ -5,18 +5,22 @@ mesh tried against the models' shapes. What is wrong raises `InputError` here.
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 from jax.sharding import Mesh
 
 from opd_jax import evaluate, objectives, optim, sampling, tokenizer
 from opd_jax import held_out as held_out_lib
 from opd_jax.config import HeldOutConfig, RunConfig, SftConfig
+from opd_jax.data import store
 from opd_jax.data.prompts import Prompts
+from opd_jax.data.store import Origin
 from opd_jax.errors import InputError
 from opd_jax.evaluate import Accuracy, Problems
 from opd_jax.held_out import HeldOut, HeldOutLoss
 from opd_jax.models import Model, ModelConfig, hf
 from opd_jax.objectives.base import Objective
+from opd_jax.replay import Buffer
 from opd_jax.scoring import Scorer
 from opd_jax.selector import Selector
 from opd_jax.sharding import DECODE_RULES, TRAIN_RULES, Layout, make_mesh
@@ -45,6 +49,7 @@ class Setup:
     problems: of the evaluation, as the student is asked, if there is one.
     teacher_problems: as the teacher is asked, if it is evaluated too.
     objective: what is descended.
+    origins: of the stores among the sources, by the names of these.
   """
 
   config: RunConfig
@@ -62,6 +67,7 @@ class Setup:
   problems: Problems | None
   teacher_problems: Problems | None
   objective: Objective
+  origins: Mapping[str, Origin]
 
 
 def prepare(config: RunConfig) -> Setup:
@@ -78,6 +84,7 @@ def prepare(config: RunConfig) -> Setup:
   _check_supported(objective)
   _check_updates(config, objective)
   _check_reference(config, objective)
+  _check_given(config, objective)
   models = {}
   for role, source in (
     ("student", config.student),
@@ -93,6 +100,7 @@ def prepare(config: RunConfig) -> Setup:
   if config.reference is not None:
     reference_tokenizer = tokenizer.load(hf.resolve(config.reference.path))
   difference = tokenizer.compare(student_tokenizer, teacher_tokenizer)
+  origins = _origins(config, student_tokenizer, teacher_tokenizer)
   vocab_size = min(
     *(model.vocab_size for model in models.values()),
     student_tokenizer.id_count,
@@ -111,6 +119,8 @@ def prepare(config: RunConfig) -> Setup:
       batch_size=config.batch.prompts,
       vocab_size=vocab_size,
       teacher_vocab_size=models["teacher"].vocab_size,
+      completion_tokens=config.sampling.max_new_tokens,
+      stop_ids=stop_ids,
     )
   except InputError as error:
     # An id too large may only be a sign of two tokenizer families.
@@ -152,6 +162,7 @@ def prepare(config: RunConfig) -> Setup:
     problems=problems,
     teacher_problems=teacher_problems,
     objective=objective,
+    origins=origins,
   )
 
 
@@ -234,9 +245,8 @@ def make_step(setup: Setup, mesh: Mesh | None = None) -> Step:
     temperature=config.sampling.temperature or 1.0,
     chunk_tokens=config.batch.chunk_tokens,
   )
-  teacher_mix = config.rollout.teacher_mix
   teacher_decoder = None
-  if teacher_mix > 0:
+  if config.rollout.teacher_mix > 0:
     teacher_decoder = Model(setup.teacher, decode, config.teacher.compute_dtype)
     try:
       teacher_decoder.abstract_params()
@@ -248,7 +258,6 @@ def make_step(setup: Setup, mesh: Mesh | None = None) -> Step:
   return Step(
     decoder=Model(setup.student, decode, config.student.compute_dtype),
     teacher_decoder=teacher_decoder,
-    teacher_mix=teacher_mix,
     scorer=scorer,
     objective=setup.objective,
     optimizer=optim.build(config.optimizer, config.steps, config.batch.updates),
@@ -258,6 +267,8 @@ def make_step(setup: Setup, mesh: Mesh | None = None) -> Step:
     rollouts=config.batch.rollouts,
     mini_batches=config.batch.mini_batches,
     epochs=config.batch.epochs,
+    mixing=config.rollout,
+    replay=Buffer.of(config),
     micro_batches=config.batch.micro_batches,
     steps=config.steps,
     seed=config.seed,
@@ -307,6 +318,77 @@ def _check_reference(config: RunConfig, objective: Objective) -> None:
       "would take memory for nothing; set reference to None, or choose an "
       "objective that needs one, such as exopd"
     )
+
+
+def _check_given(config: RunConfig, objective: Objective) -> None:
+  """Raises unless given tokens are there exactly where something reads them."""
+  needs, rollout = objective.needs.given, config.rollout
+  stores = [name for name, one in config.data.sources.items() if one.given]
+  if rollout.reads_given and needs == "never":
+    raise InputError(
+      f"objective {objective.name} is right only for tokens that the student "
+      "draws, and config.rollout gives it others (stored_fraction, prefix or "
+      "replay_capacity); leave these out, or choose an objective such as gkd, "
+      "distillm or tropd"
+    )
+  if needs == "must" and not rollout.reads_given:
+    raise InputError(
+      f"objective {objective.name} weighs given tokens (objective.guidance), "
+      'and there are none; set rollout.prefix to "cosine" and name a store of '
+      "the teacher's completions as a source that is given, or leave that "
+      "option out"
+    )
+  if rollout.reads_given and not stores:
+    raise InputError(
+      "config.rollout uses stored completions, and no source has any; write "
+      "them with opd-jax generate --out=FILE.parquet, name that file as a "
+      'source in data.sources, and set its "given" to True'
+    )
+  if stores and not rollout.reads_given:
+    raise InputError(
+      f"data.sources.{stores[0]}.given is True, and nothing uses its "
+      "completions; set rollout.stored_fraction, rollout.prefix or "
+      "rollout.replay_capacity, or leave it out"
+    )
+  capacity = rollout.replay_capacity
+  if capacity is None:
+    return
+  rows = config.batch.prompts * config.batch.rollouts
+  if capacity < rows:
+    raise InputError(
+      f"rollout.replay_capacity = {capacity} is less than the {rows} "
+      "completions of a step (batch.prompts x batch.rollouts), which are "
+      "replayed together; raise it"
+    )
+  if any(one.teacher_prompt for one in config.data.sources.values()):
+    raise InputError(
+      "rollout.replay_capacity keeps the student's prompts only, and a source "
+      "has a teacher_prompt; leave one of them out"
+    )
+  if config.held_out.path is None:
+    raise InputError(
+      "rollout.replay_capacity has a threshold that follows the held-out loss, "
+      "and held_out.path is None; name a file of texts"
+    )
+
+
+def _origins(
+  config: RunConfig, student: Tokenizer, teacher: Tokenizer
+) -> dict[str, Origin]:
+  """Who wrote the given completions, by source; their ids are this run's."""
+  found = {}
+  for name, source in config.data.sources.items():
+    if not source.given:
+      continue
+    found[name] = origin = store.read_origin(source.path)
+    known = {student.fingerprint(), teacher.fingerprint()}
+    if origin.tokenizer not in known:
+      raise InputError(
+        f"{source.path} holds ids of another tokenizer than that of student "
+        f"{student.path} and teacher {teacher.path}: {origin.model} wrote "
+        "them; generate the store again with this run's teacher"
+      )
+  return found
 
 
 def _check_windows(

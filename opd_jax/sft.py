@@ -319,6 +319,16 @@ class FineTuning:
     rows = place_rows(batch, self.student.layout)
     return *self._program(state, rows), batch
 
+  def observe(self, step: int, values: Mapping[str, float]) -> None:
+    """Nothing follows what is measured."""
+
+  def get_state(self) -> dict[str, Any]:
+    """There is none besides the train state."""
+    return {}
+
+  def set_state(self, state: Mapping[str, Any]) -> None:
+    """See `get_state`."""
+
   def samples(self, shown: PackedBatch) -> Sequence[Mapping[str, Any]]:
     """The first examples of the batch as text, as the model reads them."""
     tokens = self._setup.tokenizer

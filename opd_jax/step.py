@@ -19,13 +19,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from opd_jax import sampling
-from opd_jax.config import SamplingConfig
+from opd_jax.config import RolloutConfig, SamplingConfig
 from opd_jax.models import Model
 from opd_jax.objectives.base import Needs, Request
-from opd_jax.sampling import Decoder
+from opd_jax.replay import Source, State
+from opd_jax.sampling import Decoder, Given
 from opd_jax.scoring import Observed
 from opd_jax.types import (
   STOP_LENGTH,
@@ -41,6 +42,9 @@ from opd_jax.update import Frozen, Metrics, Turn, Update
 # Metrics that are about the student that drew the tokens: of the first update.
 _OF_THE_FIRST = ("mismatch/mean", "mismatch/max", "teacher/kl")
 
+# Folded into the key of a step for what is given; see `update` for the others.
+_GIVEN = 2**31 - 3
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Step(Update):
@@ -49,20 +53,20 @@ class Step(Update):
   Attributes:
     decoder: the student in the decode layout.
     teacher_decoder: the teacher in it; None where it draws nothing.
-    teacher_mix: its weight in the mixture that tokens are drawn from.
     sampling: how completions are drawn.
     stop_ids: that end them.
     rollouts: G, completions per prompt.
     mini_batches: parts of the rollout batch that get an update each.
     epochs: passes over the rollout batch.
+    mixing: who writes the completions besides the student.
   """
 
   decoder: Model
   teacher_decoder: Model | None = None
-  teacher_mix: float = 0.0
   sampling: SamplingConfig
   stop_ids: tuple[int, ...]
   rollouts: int
+  mixing: RolloutConfig
   mini_batches: int = 1
   epochs: int = 1
 
@@ -73,23 +77,59 @@ class Step(Update):
     frozen: Frozen,
     step: Int[Array, ""],
     inputs: StepInputs,
+    replay: State | None = None,
   ) -> Rollout:
-    """Draws the completions of a step; the key is (seed, step)."""
-    layout = self.decoder.layout
-    prompts = PromptBatch(
-      tokens=layout.constrain(inputs.prompts.tokens, ("batch", None)),
-      lengths=layout.constrain(inputs.prompts.lengths, ("batch",)),
-    )
+    """Draws the completions of a step; the key is (seed, step).
+
+    Args:
+      params: the student's.
+      frozen: the other models', by role.
+      step: updates done.
+      inputs: of the step.
+      replay: arrays of the replay buffer, where there is one.
+    """
+    prompts = self._rows(inputs.prompts)
+    options = {
+      "config": self.sampling,
+      "stop_ids": self.stop_ids,
+      "rollouts": self.rollouts,
+      "key": self._key(step),
+      "vocab_size": self.scorer.vocab_size,
+    }
     decoder, weights = self._drawing(params, frozen)
-    return sampling.sample(
-      decoder,
-      weights,
-      prompts,
-      config=self.sampling,
-      stop_ids=self.stop_ids,
-      rollouts=self.rollouts,
-      key=self._key(step),
-      vocab_size=self.scorer.vocab_size,
+    if inputs.given is None:
+      return sampling.sample(decoder, weights, prompts, **options)
+    stored = jax.tree.map(
+      lambda leaf: jnp.repeat(leaf, self.rollouts, axis=0),
+      self._rows(inputs.given),
+    )
+    prefixes = self.mixing.prefix != "none"
+    if self.replay is None or replay is None:
+      given = sampling.choose(
+        self.mixing,
+        stored,
+        self.schedule(step).progress,
+        self._given_key(step),
+        self.stop_ids,
+      )
+      return sampling.complete(
+        decoder, weights, prompts, given, prefixes=prefixes, **options
+      )
+    source = self._source(replay, step, inputs)
+    taken = ~source.fresh & (stored.lengths > 0)
+    given = Given(
+      tokens=stored.tokens,
+      lengths=jnp.where(taken, stored.lengths, 0),
+      complete=taken | source.replayed,
+    )
+    rollout = sampling.complete(
+      decoder, weights, prompts, given, prefixes=prefixes, **options
+    )
+    rows = stored.lengths.shape[0]
+    key = jax.random.fold_in(self._given_key(step), 1)
+    kept = self.replay.pull(replay, rows, key)
+    return jax.tree.map(
+      lambda old, new: jnp.where(source.replayed, old, new), kept, rollout
     )
 
   def _drawing(self, params: Params, frozen: Frozen) -> tuple[Decoder, Params]:
@@ -100,7 +140,7 @@ class Step(Update):
     mixed = sampling.MixedDecoder(
       student=self.decoder,
       teacher=self.teacher_decoder,
-      teacher_mix=self.teacher_mix,
+      teacher_mix=self.mixing.teacher_mix,
       temperature=self.sampling.temperature,
       vocab_size=self.scorer.vocab_size,
     )
@@ -131,7 +171,9 @@ class Step(Update):
     self, state: TrainState, frozen: Frozen, inputs: StepInputs
   ) -> tuple[TrainState, Metrics, Rollout]:
     """The whole step: rollout, scoring, objective, update."""
-    rollout = self.rollout(state.params, frozen, state.step, inputs)
+    rollout = self.rollout(
+      state.params, frozen, state.step, inputs, state.replay
+    )
     state, metrics = self.update_from(state, frozen, inputs, rollout)
     return state, metrics, rollout
 
@@ -144,13 +186,24 @@ class Step(Update):
   ) -> tuple[TrainState, Metrics]:
     """The second half of `train`, the rollout being given."""
     batch = self.scoring_batch(rollout, inputs)
+    buffer = state.replay
+    if self.replay is not None:
+      source = self._source(buffer, state.step, inputs)
+      buffer = self.replay.push(buffer, rollout, source.fresh)
+    filled = buffer.get("filled")
     if self.mini_batches * self.epochs == 1:
       state, metrics = self.update(
         state, frozen, batch, pure_sampling=self.pure_sampling
       )
     else:
       state, metrics = self._updates(state, frozen, batch)
+    state = dataclasses.replace(state, replay=buffer)
     metrics = {**metrics, **rollout_metrics(rollout)}
+    if inputs.given is not None:
+      metrics |= given_metrics(rollout)
+    if inputs.replay_threshold is not None and filled is not None:
+      metrics["replay/threshold"] = inputs.replay_threshold
+      metrics["replay/filled"] = filled.astype(jnp.float32)
     if inputs.teacher_prompts is not None:
       metrics["teacher/prompt_length_mean"] = jnp.mean(
         inputs.teacher_prompts.lengths, dtype=jnp.float32
@@ -239,7 +292,7 @@ class Step(Update):
     return self._join(jax.lax.map(function, self._cut(batch, parts)))
 
   def scoring_batch(self, rollout: Rollout, inputs: StepInputs) -> ScoringBatch:
-    """All drawn tokens carry loss and have a behavior log-probability."""
+    """All tokens carry loss; those drawn have a behavior log-probability."""
     rows = rollout.tokens.shape[0]
     privileged, teacher_prompts = jax.tree.map(
       lambda leaf: jnp.repeat(leaf, self.rollouts, axis=0),
@@ -250,23 +303,65 @@ class Step(Update):
       privileged=privileged,
       teacher_prompts=teacher_prompts,
       tokens=rollout.tokens,
-      lengths=jnp.sum(rollout.sampled_mask, axis=1, dtype=jnp.int32),
+      lengths=rollout.lengths,
       sampled_mask=rollout.sampled_mask,
-      loss_mask=rollout.sampled_mask,
+      loss_mask=completion_mask(rollout),
       behavior_valid=rollout.sampled_mask,
       behavior_logprobs=rollout.behavior_logprobs,
       group=jnp.arange(rows, dtype=jnp.int32) // self.rollouts,
     )
 
+  def _rows(self, batch: PromptBatch) -> PromptBatch:
+    """Ids spread over the devices as they are decoded."""
+    layout = self.decoder.layout
+    return PromptBatch(
+      tokens=layout.constrain(batch.tokens, ("batch", None)),
+      lengths=layout.constrain(batch.lengths, ("batch",)),
+    )
+
+  def _given_key(self, step: Int[Array, ""]) -> Key[Array, ""]:
+    return jax.random.fold_in(self._key(step), _GIVEN)
+
+  def _source(
+    self, replay: State, step: Int[Array, ""], inputs: StepInputs
+  ) -> Source:
+    """What this step trains on, the same in both halves of it."""
+    if self.replay is None or inputs.replay_threshold is None:
+      raise ValueError("this run has no replay buffer")
+    return self.replay.source(
+      replay,
+      inputs.replay_threshold,
+      self.schedule(step).progress,
+      self._given_key(step),
+    )
+
+
+def completion_mask(rollout: Rollout) -> Bool[Array, "B T"]:
+  """The tokens of completions, drawn or given."""
+  index = jnp.arange(rollout.tokens.shape[1])[None, :]
+  return index < rollout.lengths[:, None]
+
+
+def given_metrics(rollout: Rollout) -> Metrics:
+  """What of the completions was given: fractions, and tokens a row."""
+  drawn = jnp.sum(rollout.sampled_mask, axis=1, dtype=jnp.int32)
+  lengths = (rollout.lengths - drawn).astype(jnp.float32)
+  total = jnp.sum(rollout.lengths, dtype=jnp.float32)
+  return {
+    "rollout/given_rows": jnp.mean(lengths > 0, dtype=jnp.float32),
+    "rollout/given_tokens": jnp.sum(lengths) / jnp.maximum(total, 1.0),
+    "rollout/given_length_mean": jnp.mean(lengths),
+  }
+
 
 def rollout_metrics(rollout: Rollout) -> Metrics:
   """Lengths in tokens, and the fraction that ran into the limit."""
-  lengths = jnp.sum(rollout.sampled_mask, axis=1, dtype=jnp.float32)
+  lengths = rollout.lengths.astype(jnp.float32)
   return {
     "rollout/prompt_length_mean": jnp.mean(
       rollout.prompts.lengths, dtype=jnp.float32
     ),
-    "rollout/tokens": jnp.sum(lengths),
+    "rollout/tokens": jnp.sum(rollout.sampled_mask, dtype=jnp.float32),
     "rollout/length_mean": jnp.mean(lengths),
     "rollout/length_max": jnp.max(lengths),
     "rollout/truncated": jnp.mean(

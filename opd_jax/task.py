@@ -68,6 +68,18 @@ class Task(Protocol):
     """
     ...
 
+  def observe(self, step: int, values: Mapping[str, float]) -> None:
+    """Hears what was measured after so many steps."""
+    ...
+
+  def get_state(self) -> dict[str, Any]:
+    """What a checkpoint keeps besides the train state, as JSON."""
+    ...
+
+  def set_state(self, state: Mapping[str, Any]) -> None:
+    """Goes on from what `get_state` gave."""
+    ...
+
   def samples(self, shown: Any) -> Sequence[Mapping[str, Any]]:
     """A few texts of a step, for the log."""
     ...

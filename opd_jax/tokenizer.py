@@ -6,6 +6,7 @@ checkpoint is run.
 """
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import os
@@ -54,6 +55,20 @@ class Tokenizer:
   def id_count(self) -> int:
     """One more than the largest id."""
     return max(self.vocabulary) + 1
+
+  def fingerprint(self) -> str:
+    """SHA-256 over all that decides the ids of a text.
+
+    The vocabulary, the special ids, and of a fast tokenizer its whole
+    tokenizer.json: merges, normaliser, added tokens, what is put around a text.
+    """
+    fast = getattr(self._backend, "backend_tokenizer", None)
+    rules = {} if fast is None else json.loads(fast.to_str())
+    for transient in ("truncation", "padding"):
+      rules.pop(transient, None)
+    parts = [sorted(self.vocabulary.items()), self.special_ids, rules]
+    text = json.dumps(parts, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
   def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
     """Ids of a text, with the special tokens this tokenizer adds by itself.

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from opd_jax import flops, loop, preflight
 from opd_jax import setup as setup_lib
@@ -17,6 +18,7 @@ from opd_jax.evaluate import Accuracy
 from opd_jax.meter import Work
 from opd_jax.models import Model, hf
 from opd_jax.programs import Programs
+from opd_jax.replay import Threshold
 from opd_jax.scoring import Scorer
 from opd_jax.setup import Setup
 from opd_jax.sharding import Layout
@@ -81,6 +83,9 @@ class Distillation:
     self._step = step
     self._programs = Programs(step, setup.config.mode)
     self._frozen: dict[str, Params] = {}
+    self._threshold = None
+    if setup.config.rollout.replay_capacity is not None:
+      self._threshold = Threshold(setup.config.rollout)
     self.config = setup.config
     self.student: Model = step.scorer.student
 
@@ -127,8 +132,28 @@ class Distillation:
     self, state: TrainState, batch: Batch
   ) -> tuple[TrainState, Metrics, Rollout]:
     """Rollout, scoring and update on a batch of prompts."""
-    inputs = place_inputs(batch, self.student.layout)
+    inputs = self._inputs(batch)
     return self._programs(state, self._frozen, inputs)
+
+  def observe(self, step: int, values: Mapping[str, float]) -> None:
+    """The held-out loss moves the threshold of the replay buffer.
+
+    Only where the loss is due by `held_out.every`, so that when a run saves
+    does not change what it computes.
+    """
+    loss = values.get("held_out/loss")
+    due = step % self.config.held_out.every == 0
+    if self._threshold is not None and loss is not None and due:
+      self._threshold.observe(loss)
+
+  def get_state(self) -> dict[str, Any]:
+    """The threshold of the replay buffer, as JSON."""
+    return {} if self._threshold is None else self._threshold.get_state()
+
+  def set_state(self, state: Mapping[str, Any]) -> None:
+    """Goes on with the threshold of a checkpoint."""
+    if self._threshold is not None:
+      self._threshold.set_state(state)
 
   def samples(self, shown: Rollout) -> Sequence[Mapping[str, Any]]:
     """The first completions of the batch as text."""
@@ -136,8 +161,12 @@ class Distillation:
 
   def time_split(self, state: TrainState, batch: Batch) -> dict[str, float]:
     """Seconds of sampling and of teacher scoring, each run by itself."""
-    inputs = place_inputs(batch, self.student.layout)
+    inputs = self._inputs(batch)
     return self._programs.time_split(state, self._frozen, inputs)
+
+  def _inputs(self, batch: Batch) -> StepInputs:
+    threshold = None if self._threshold is None else self._threshold.value
+    return place_inputs(batch, self.student.layout, threshold)
 
   def work(self, record: Mapping[str, float]) -> Work:
     """Tokens drawn, and the operations of all models."""
@@ -209,6 +238,13 @@ def describe(setup: Setup, step: Step) -> Iterator[str]:
       "the teacher reads prompts of its own, the longest "
       f"{setup.prompts.teacher_window} tokens"
     )
+  if report.given_cut:
+    yield (
+      f"given completions: {report.given_cut} longer than "
+      "sampling.max_new_tokens, cut there"
+    )
+  for name, origin in setup.origins.items():
+    yield f"given completions of {name}: written by {origin.model}"
   for count, fate in (
     (report.truncated, "longer than the window: their last tokens are used"),
     (report.dropped, "longer than the window and dropped"),
@@ -256,8 +292,16 @@ def describe(setup: Setup, step: Step) -> Iterator[str]:
   yield f"{loop.devices(step.scorer.student)}, {config.mode} step"
 
 
-def place_inputs(batch: Batch, layout: Layout) -> StepInputs:
-  """Prompts as a global batch: each host places what its devices hold."""
+def place_inputs(
+  batch: Batch, layout: Layout, threshold: float | None = None
+) -> StepInputs:
+  """Prompts as a global batch: each host places what its devices hold.
+
+  Args:
+    batch: of this step.
+    layout: of the student in training.
+    threshold: of the replay buffer; None if there is none.
+  """
   place = layout.place_rows
 
   def place_prompts(prompts: Tokens) -> PromptBatch:
@@ -265,10 +309,15 @@ def place_inputs(batch: Batch, layout: Layout) -> StepInputs:
       tokens=place(prompts.tokens), lengths=place(prompts.lengths)
     )
 
-  teacher = batch.teacher
   return StepInputs(
     prompts=place_prompts(batch),
-    teacher_prompts=None if teacher is None else place_prompts(teacher),
+    teacher_prompts=None
+    if batch.teacher is None
+    else place_prompts(batch.teacher),
+    given=None if batch.given is None else place_prompts(batch.given),
+    replay_threshold=None
+    if threshold is None
+    else layout.place(np.asarray(threshold, np.float32), ()),
   )
 
 
@@ -281,13 +330,21 @@ def _abstract_inputs(setup: Setup, layout: Layout) -> StepInputs:
       shape, jnp.int32, sharding=layout.sharding(axes)
     )
 
-  def prompts(window: int) -> PromptBatch:
+  def prompts(window: int | None) -> Any:
+    if window is None:
+      return None
     return PromptBatch(tokens=struct((rows, window)), lengths=struct((rows,)))
 
-  teacher_window = setup.prompts.teacher_window
+  threshold: Any = None
+  if setup.config.rollout.replay_capacity is not None:
+    threshold = jax.ShapeDtypeStruct(
+      (), jnp.float32, sharding=layout.replicated()
+    )
   return StepInputs(
     prompts=prompts(setup.config.data.max_prompt_tokens),
-    teacher_prompts=None if teacher_window is None else prompts(teacher_window),
+    teacher_prompts=prompts(setup.prompts.teacher_window),
+    given=prompts(setup.prompts.given_window),
+    replay_threshold=threshold,
   )
 
 
@@ -299,12 +356,13 @@ def _samples(setup: Setup, rollout: Rollout) -> Sequence[Mapping[str, Any]]:
   for row in range(min(count, len(rollout.tokens))):
     length = rollout.prompts.lengths[row]
     prompt = rollout.prompts.tokens[row][:length].tolist()
-    drawn = rollout.tokens[row][rollout.sampled_mask[row]].tolist()
+    ids = rollout.tokens[row][: rollout.lengths[row]].tolist()
     samples.append(
       {
         "prompt": setup.tokenizer.decode(prompt),
-        "completion": setup.tokenizer.decode_after(prompt, drawn),
-        "length": len(drawn),
+        "completion": setup.tokenizer.decode_after(prompt, ids),
+        "length": len(ids),
+        "given": len(ids) - int(rollout.sampled_mask[row].sum()),
         "stopped": bool(rollout.stop_reason[row] == STOP_ID),
       }
     )

@@ -49,29 +49,37 @@ class StepInputs:
     privileged: second prompts with what only a teacher should know.
     teacher_prompts: what the teacher reads in front of the same completions;
       None gives it the student's prompts.
+    given: stored completions of the prompts, of 0 ids where there is none;
+      None if this run has none at all.
+    replay_threshold: of the step, in [0, 1]; None without a replay buffer.
   """
 
   prompts: PromptBatch
   privileged: PromptBatch | None = None
   teacher_prompts: PromptBatch | None = None
+  given: PromptBatch | None = None
+  replay_threshold: Float[Array, ""] | None = None
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rollout:
-  """Completions drawn for prompts, row b * G + g being rollout g of prompt b.
+  """Completions of prompts, row b * G + g being rollout g of prompt b.
 
   Attributes:
     prompts: the prompt of every row (repeated G times, so B rows).
     tokens: completion ids, 0 behind the end.
-    sampled_mask: true for drawn tokens, the stop id included.
+    lengths: tokens of each, given ones and the stop id included.
+    sampled_mask: true for drawn tokens, the stop id included; given tokens are
+      within the length and not drawn.
     behavior_logprobs: nats, under the sampling distribution (temperature and
-      filters applied, renormalised); 0 behind the end.
+      filters applied, renormalised); 0 where nothing was drawn.
     stop_reason: `STOP_LENGTH` or `STOP_ID`.
   """
 
   prompts: PromptBatch
   tokens: Int[Array, "B T"]
+  lengths: Int[Array, " B"]
   sampled_mask: Bool[Array, "B T"]
   behavior_logprobs: Float[Array, "B T"]
   stop_reason: Int[Array, " B"]
@@ -208,9 +216,11 @@ class TrainState:
     params: float32 master weights of the student.
     optimizer: state of the optax chain.
     objective: the objective's own arrays across steps; `{}` if it has none.
+    replay: completions to be trained on again, see `replay`; `{}` if none are.
   """
 
   step: Int[Array, ""]
   params: Params
   optimizer: Any
   objective: Mapping[str, Array]
+  replay: Mapping[str, Array] = dataclasses.field(default_factory=dict)

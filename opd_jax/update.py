@@ -20,6 +20,7 @@ from opd_jax.models import Model
 from opd_jax.objectives import reduce
 from opd_jax.objectives.base import Objective, Schedule
 from opd_jax.optim import state_shardings
+from opd_jax.replay import Buffer
 from opd_jax.scoring import Found, Parameters, Scorer, bundle_scores
 from opd_jax.selector import Selector
 from opd_jax.types import (
@@ -32,7 +33,7 @@ Metrics = Mapping[str, Float[Array, ""]]
 Frozen = Mapping[str, Params]
 
 # Folded into the key of a step for the objective and for the selector; the
-# sampler folds in rows.
+# sampler folds in rows, `step.py` another for what is given.
 _OBJECTIVE = 2**31 - 1
 _SELECTOR = 2**31 - 2
 
@@ -62,6 +63,7 @@ class Update:
     steps: of the whole run.
     seed: of every draw.
     selector: chooses the tokens that carry loss; None for all.
+    replay: the buffer of completions to be trained on again, if there is one.
   """
 
   scorer: Scorer
@@ -72,14 +74,17 @@ class Update:
   steps: int
   seed: int
   selector: Selector | None = None
+  replay: Buffer | None = None
 
   def init_state(self, params: Params) -> TrainState:
     """The state before the first step."""
-    return init_state(params, self.optimizer, self.objective)
+    return init_state(params, self.optimizer, self.objective, self.replay)
 
   def abstract_state(self) -> TrainState:
     """Shapes, dtypes and places of the state, before any weight exists."""
-    return abstract_state(self.scorer.student, self.optimizer, self.objective)
+    return abstract_state(
+      self.scorer.student, self.optimizer, self.objective, self.replay
+    )
 
   def place_state(self, params: Params) -> TrainState:
     """The state before the first step, in its places; uses up the weights."""
@@ -171,6 +176,7 @@ class Update:
       objective=dict(
         self.objective.update_state(state.objective, evaluation.statistics)
       ),
+      replay=state.replay,
     )
     now = state.step if turn is None else state.step + turn.progress
     metrics = {
@@ -284,6 +290,7 @@ def init_state(
   params: Params,
   optimizer: optax.GradientTransformation,
   objective: Objective,
+  replay: Buffer | None = None,
 ) -> TrainState:
   """The state before the first step."""
   return TrainState(
@@ -291,6 +298,7 @@ def init_state(
     params=params,
     optimizer=optimizer.init(params),
     objective=dict(objective.init_state()),
+    replay={} if replay is None else replay.empty(),
   )
 
 
@@ -298,12 +306,13 @@ def abstract_state(
   student: Model,
   optimizer: optax.GradientTransformation,
   objective: Objective,
+  replay: Buffer | None = None,
 ) -> TrainState:
   """`ShapeDtypeStruct`s of a state with its places; moments beside weights."""
   params = student.abstract_params()
   everywhere = student.layout.replicated()
   shapes = jax.eval_shape(
-    lambda params: init_state(params, optimizer, objective), params
+    lambda params: init_state(params, optimizer, objective, replay), params
   )
   param_places = jax.tree.map(lambda leaf: leaf.sharding, params)
   places = dataclasses.replace(
@@ -385,5 +394,6 @@ def step_metrics(
     metrics["mismatch/max"] = jnp.max(gap)
     teacher = evaluation.observed.get("teacher")
     if teacher is not None:
-      metrics["teacher/kl"] = mean(student["logprobs"] - teacher["logprobs"])
+      kl = jnp.where(valid, student["logprobs"] - teacher["logprobs"], 0.0)
+      metrics["teacher/kl"] = jnp.sum(kl) / valid_count
   return metrics

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from opd_jax import objectives, optim
-from opd_jax.config import OptimizerConfig, SamplingConfig
+from opd_jax.config import OptimizerConfig, RolloutConfig, SamplingConfig
 from opd_jax.models import Model, ModelConfig
 from opd_jax.scoring import Scorer
 from opd_jax.sharding import DECODE_RULES, TRAIN_RULES, Layout, make_mesh
@@ -120,6 +120,7 @@ def make_step(name="gkd", *, mesh=None, devices=1, **changes):
     sampling=SamplingConfig(max_new_tokens=LENGTH),
     stop_ids=STOP_IDS,
     rollouts=ROLLOUTS,
+    mixing=RolloutConfig(),
     micro_batches=1,
     steps=10,
     seed=7,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from opd_jax import sequences
-from opd_jax.config import SamplingConfig
+from opd_jax.config import RolloutConfig, SamplingConfig
 from opd_jax.models import Model
 from opd_jax.sharding import DECODE_RULES, Layout
 from opd_jax.step import Step
@@ -30,7 +30,7 @@ def mixed(teacher_mix=MIX, name="minillm", **changes):
   return dataclasses.replace(
     step,
     teacher_decoder=Model(engine.TEACHER, decode),
-    teacher_mix=teacher_mix,
+    mixing=RolloutConfig(teacher_mix=teacher_mix),
     sampling=sampling,
     scorer=dataclasses.replace(step.scorer, temperature=TEMPERATURE),
   )

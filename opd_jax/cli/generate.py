@@ -1,5 +1,6 @@
 """`opd-jax generate`: complete prompts, or all rows of a source."""
 
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ from opd_jax.errors import InputError
 
 _BATCH = 64
 
+Row = Mapping[str, Any]
+
 
 def run(arguments: Sequence[str]) -> int:
   """Runs the command; returns the exit status."""
@@ -19,12 +22,24 @@ def run(arguments: Sequence[str]) -> int:
     return 0
   _check(values)
   from opd_jax import generate, saved, templates
+  from opd_jax.data import store
   from opd_jax.generate import Generator
 
   found = saved.find(values.model, values.step)
+  if values.out and Path(values.out).suffix == store.SUFFIX and found.workdir:
+    raise InputError(
+      f"--out={values.out} names the weights by their files, and {values.model}"
+      " is the folder of a run; export it with opd-jax export, and give "
+      "--model that folder"
+    )
   tokenizer = found.tokenizer()
   if values.data:
     rows, prompts, names = _rows(values, tokenizer)
+    if Path(values.out).suffix == store.SUFFIX:
+      rows = [
+        {**row, "prompt_ids": prompt.ids}
+        for row, prompt in zip(rows, prompts, strict=True)
+      ]
   else:
     rows = []
     prompts = [
@@ -50,7 +65,11 @@ def run(arguments: Sequence[str]) -> int:
   drawn = Generator(prepared, model)(found.load(model))
   if values.data:
     drawn = drawing.watch(drawn, len(prompts), "prompts")
-    _write_rows(values.out, _completed(rows, drawn, values.stopped_only))
+    done = _completed(rows, drawn, values.stopped_only)
+    if Path(values.out).suffix == store.SUFFIX:
+      _write_store(values.out, rows, done, prepared, found)
+    else:
+      _write_rows(values.out, (_line(row, one) for row, one in done))
     return 0
   completions = [one for group in drawn for one in group]
   for completion in completions:
@@ -78,7 +97,7 @@ def _flags() -> Any:
   flags.DEFINE_string(
     "out",
     None,
-    "with --data: JSONL file to write, a completion a line",
+    "with --data: file to write, a completion a line; FILE.parquet keeps ids",
     **options,
   )
   flags.DEFINE_boolean(
@@ -131,7 +150,7 @@ def _rows(values: Any, tokenizer: Any) -> tuple[list[Any], ...]:
   return rows, prompts, [f"the prompt of {name}" for name in names]
 
 
-def _check_fields(row: Mapping[str, Any], where: str) -> None:
+def _check_fields(row: Row, where: str) -> None:
   """Raises InputError unless a row can be written as a line."""
   for field, value in row.items():
     try:
@@ -145,22 +164,67 @@ def _check_fields(row: Mapping[str, Any], where: str) -> None:
 
 
 def _completed(
-  rows: Sequence[Mapping[str, Any]], drawn: Any, stopped_only: bool
-) -> Iterator[Mapping[str, Any]]:
+  rows: Sequence[Row], drawn: Any, stopped_only: bool
+) -> Iterator[tuple[Row, Any]]:
   """Each row with each of its completions."""
   for row, completions in zip(rows, drawn, strict=True):
     for one in completions:
       if one.stopped or not stopped_only:
-        yield {
-          "prompt": one.prompt,
-          **row,
-          "completion": one.text,
-          "stopped": one.stopped,
-          "logprob": sum(one.logprobs),
-        }
+        yield row, one
 
 
-def _write_rows(path: str, rows: Iterator[Mapping[str, Any]]) -> None:
+def _write_store(
+  path: str,
+  rows: Sequence[Row],
+  completed: Iterator[tuple[Row, Any]],
+  prepared: Any,
+  found: Any,
+) -> None:
+  """A Parquet file of ids, with the model that wrote them."""
+  from opd_jax.data import store
+  from opd_jax.models import hf
+
+  origin = store.Origin(
+    model=found.source,
+    weights=hf.fingerprint(found.source),
+    tokenizer=prepared.tokenizer.fingerprint(),
+    sampling={
+      **dataclasses.asdict(prepared.sampling),
+      "stop_ids": list(prepared.stop_ids),
+    },
+    seed=prepared.seed,
+    samples=prepared.samples,
+  )
+  count = store.write(
+    path,
+    rows,
+    (
+      {
+        "prompt": one.prompt,
+        **row,
+        "completion": one.text,
+        "completion_ids": one.tokens,
+        "logprobs": one.logprobs,
+        "stopped": one.stopped,
+      }
+      for row, one in completed
+    ),
+    origin,
+  )
+  print(f"wrote {count} completions to {path}")
+
+
+def _line(row: Row, one: Any) -> Row:
+  return {
+    "prompt": one.prompt,
+    **row,
+    "completion": one.text,
+    "stopped": one.stopped,
+    "logprob": sum(one.logprobs),
+  }
+
+
+def _write_rows(path: str, rows: Iterator[Row]) -> None:
   """One object a line; the file appears when it is complete."""
   Path(path).parent.mkdir(parents=True, exist_ok=True)
   partial = Path(f"{path}.partial")

@@ -68,6 +68,8 @@ class SourceConfig:
       None gives it the very ids of the student.
     completion: for `sft`, the text to learn, with fields as in `prompt.text`;
       an end-of-sequence id is put behind it.
+    given: the path is a store of the teacher's completions (`generate
+      --out=FILE.parquet`), which `rollout` may use in place of the student's.
     answer: for evaluation, the text handed to the verifier, likewise.
   """
 
@@ -79,6 +81,7 @@ class SourceConfig:
   prompt: TemplateConfig = TemplateConfig()
   teacher_prompt: TemplateConfig | None = None
   completion: str = "{completion}"
+  given: bool = False
   answer: str = "{answer}"
 
   def __post_init__(self):
@@ -146,4 +149,9 @@ class SftDataConfig:
         source.teacher_prompt is None,
         f"data.sources.{name}.teacher_prompt is for `train`, where a teacher "
         "scores; leave it out",
+      )
+      require(
+        not source.given,
+        f"data.sources.{name}.given is for `train`; leave it out: `sft` learns "
+        "the text of a store's `completion`",
       )

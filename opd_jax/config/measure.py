@@ -74,6 +74,10 @@ class EvalConfig:
   teacher: bool = False
 
   def __post_init__(self):
+    require(
+      self.source is None or not self.source.given,
+      "eval.source.given is for the sources of `train`; leave it out",
+    )
     for name in ("samples", "batch", "every"):
       value = getattr(self, name)
       require(value >= 1, f"eval.{name} must be >= 1, got {value}")

@@ -17,7 +17,7 @@ from jaxtyping import Int
 
 from opd_jax import templates
 from opd_jax.config import DataConfig
-from opd_jax.data import order, sources
+from opd_jax.data import order, sources, store
 from opd_jax.data.files import Row
 from opd_jax.errors import InputError
 from opd_jax.templates import Prompt
@@ -36,6 +36,8 @@ class PromptReport:
     empty: without a single id, not used.
     longest: the student's longest prompt before any cut to the window.
     mean_length: of the student's prompts as used; 0 if there is none.
+    given_cut: given completions longer than sampling.max_new_tokens, whose
+      first ids alone are used, as if they had been drawn with that limit.
   """
 
   rows: int
@@ -45,6 +47,7 @@ class PromptReport:
   empty: int
   longest: int
   mean_length: float
+  given_cut: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,10 +70,13 @@ class Batch(Tokens):
   Attributes:
     rows: index of each prompt's row, counted over all sources in order.
     teacher: what the teacher reads instead; None if it reads the same ids.
+    given: stored completions, of length 0 for a row without one; None if no
+      source is `given`.
   """
 
   rows: tuple[int, ...]
   teacher: Tokens | None = None
+  given: Tokens | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,6 +90,7 @@ class Example:
     row: its fields.
     student: the student's prompt.
     teacher: the teacher's; None if it reads the student's ids.
+    given: the completion of a source that is `given`; else None.
   """
 
   source: str
@@ -92,14 +99,16 @@ class Example:
   row: Row
   student: Prompt
   teacher: Prompt | None
+  given: tuple[int, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Pair:
-  """The ids of a row as both models read them, cut to the window."""
+class _Ids:
+  """The ids of a row as both models read them, and those that are given."""
 
   student: np.ndarray
   teacher: np.ndarray
+  given: np.ndarray
 
 
 class Prompts(Iterator[Batch]):
@@ -115,6 +124,7 @@ class Prompts(Iterator[Batch]):
     reports: what became of those of each source, by its name.
     teacher_window: slots of the teacher's prompts, as many as the longest has
       ids; None if no source has a `teacher_prompt`.
+    given_window: slots of given completions; None if no source is `given`.
   """
 
   def __init__(
@@ -127,6 +137,8 @@ class Prompts(Iterator[Batch]):
     batch_size: int,
     vocab_size: int,
     teacher_vocab_size: int | None = None,
+    completion_tokens: int = 0,
+    stop_ids: Sequence[int] = (),
   ):
     """Reads and tokenises all sources.
 
@@ -138,15 +150,19 @@ class Prompts(Iterator[Batch]):
       batch_size: prompts per step.
       vocab_size: ids that all models have.
       teacher_vocab_size: ids that the teacher has; None for `vocab_size`.
+      completion_tokens: T, slots of a given completion.
+      stop_ids: that end one.
 
     Raises:
       InputError: bad source, a prompt too long where `overlong` is "error", an
-        id that a model does not have, or no prompt left.
+        id that a model does not have, a given completion that does not belong
+        to its prompt, or no prompt left.
     """
     self._config = config
     self._tokenizers = (tokenizer, teacher)
+    self._stop_ids = tuple(stop_ids)
     self._window = config.max_prompt_tokens
-    self._pairs: dict[int, _Pair] = {}
+    self._rows: dict[int, _Ids] = {}
     self.reports: dict[str, PromptReport] = {}
     rows_of = {}
     first = 0
@@ -156,17 +172,21 @@ class Prompts(Iterator[Batch]):
         self._examples(name),
         vocab_size,
         vocab_size if teacher_vocab_size is None else teacher_vocab_size,
+        completion_tokens,
       )
       self.reports[name] = report
       rows_of[name] = [first + index for index in kept]
-      self._pairs |= {first + index: pair for index, pair in kept.items()}
+      self._rows |= {first + index: ids for index, ids in kept.items()}
       first += report.rows
     self.report = _total(list(self.reports.values()))
     _check_kept(config, self.reports)
     self.teacher_window = None
     if any(source.teacher_prompt for source in config.sources.values()):
-      self.teacher_window = max(len(p.teacher) for p in self._pairs.values())
-    self._digest = _digest(self._pairs)
+      self.teacher_window = max(len(i.teacher) for i in self._rows.values())
+    self.given_window = None
+    if any(source.given for source in config.sources.values()):
+      self.given_window = completion_tokens
+    self._digest = _digest(self._rows)
     rows = order.endless(
       list(rows_of.values()),
       [source.weight for source in config.sources.values()],
@@ -179,16 +199,19 @@ class Prompts(Iterator[Batch]):
 
   def __next__(self) -> Batch:
     rows = tuple(int(row) for row in next(self._batches))
-    pairs = [self._pairs[row] for row in rows]
-    student = _pad([pair.student for pair in pairs], self._window)
-    teacher = None
+    ids = [self._rows[row] for row in rows]
+    student = _pad([one.student for one in ids], self._window)
+    teacher = given = None
     if self.teacher_window is not None:
-      teacher = _pad([pair.teacher for pair in pairs], self.teacher_window)
+      teacher = _pad([one.teacher for one in ids], self.teacher_window)
+    if self.given_window is not None:
+      given = _pad([one.given for one in ids], self.given_window)
     return Batch(
       tokens=student.tokens,
       lengths=student.lengths,
       rows=rows,
       teacher=teacher,
+      given=given,
     )
 
   def examples(self, count: int | None = None) -> list[Example]:
@@ -232,13 +255,18 @@ class Prompts(Iterator[Batch]):
         teacher = templates.prompt(
           source.teacher_prompt, row, teacher_tokenizer, where
         )
+      student = templates.prompt(source.prompt, row, tokenizer, where)
+      given = None
+      if source.given:
+        given = store.given_ids(row, student.ids, self._stop_ids, where)
       yield Example(
         source=name,
         index=index,
         where=where,
         row=row,
-        student=templates.prompt(source.prompt, row, tokenizer, where),
+        student=student,
         teacher=teacher,
+        given=given,
       )
 
 
@@ -247,16 +275,19 @@ def _prepare(
   examples: Iterator[Example],
   vocab_size: int,
   teacher_vocab_size: int,
-) -> tuple[dict[int, _Pair], PromptReport]:
-  """Ids of the prompts to use of a source, by row, and the counts."""
+  completion_tokens: int,
+) -> tuple[dict[int, _Ids], PromptReport]:
+  """Ids of a source that are used, by row, and the counts."""
   window = config.max_prompt_tokens
-  kept: dict[int, _Pair] = {}
-  count = empty = overlong = longest = 0
+  kept: dict[int, _Ids] = {}
+  count = empty = overlong = longest = cut = 0
   for example in examples:
     student = example.student.ids
     teacher = example.teacher.ids if example.teacher else ()
     sources.check_ids(student, vocab_size, example.where)
     sources.check_ids(teacher, teacher_vocab_size, example.where)
+    given = example.given or ()
+    sources.check_ids(given, vocab_size, example.where)
     count += 1
     longest = max(longest, len(student))
     if max(len(student), len(teacher)) > window:
@@ -269,14 +300,16 @@ def _prepare(
       empty += 1
       continue
     ids = np.asarray(student[-window:], np.int32)
-    kept[example.index] = _Pair(
+    cut += len(given) > completion_tokens
+    kept[example.index] = _Ids(
       student=ids,
       teacher=np.asarray(teacher[-window:], np.int32)
       if example.teacher
       else ids,
+      given=np.asarray(given[:completion_tokens], np.int32),
     )
   dropped = overlong if config.overlong == "drop" else 0
-  lengths = [len(pair.student) for pair in kept.values()]
+  lengths = [len(ids.student) for ids in kept.values()]
   return kept, PromptReport(
     rows=count,
     kept=len(kept),
@@ -285,6 +318,7 @@ def _prepare(
     empty=empty,
     longest=longest,
     mean_length=sum(lengths) / max(1, len(lengths)),
+    given_cut=cut,
   )
 
 
@@ -329,6 +363,7 @@ def _total(reports: Sequence[PromptReport]) -> PromptReport:
     empty=added("empty"),
     longest=max(report.longest for report in reports),
     mean_length=sum(r.kept * r.mean_length for r in reports) / max(1, kept),
+    given_cut=added("given_cut"),
   )
 
 
@@ -341,10 +376,10 @@ def _pad(prompts: Sequence[np.ndarray], window: int) -> Tokens:
   )
 
 
-def _digest(pairs: Mapping[int, _Pair]) -> str:
+def _digest(rows: Mapping[int, _Ids]) -> str:
   digest = hashlib.sha256()
-  for row, pair in pairs.items():
-    for ids in (pair.student, pair.teacher):
+  for row, of_row in rows.items():
+    for ids in (of_row.student, of_row.teacher, of_row.given):
       digest.update(np.array([row, len(ids)], "<i4").tobytes())
       digest.update(ids.astype("<i4").tobytes())
   return digest.hexdigest()[:16]

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import re
@@ -323,6 +324,22 @@ def load(path: str | Path, model: Model, dtype: str = "float32") -> Params:
       )
 
     return jax.tree.map_with_path(read, model.abstract_params(dtype))
+
+
+def fingerprint(path: str | Path) -> str:
+  """SHA-256 over the bytes of a checkpoint's weights, its files in order.
+
+  Reads all of them.
+
+  Raises:
+    InputError: no weights there.
+  """
+  digest = hashlib.sha256()
+  for file in _files(resolve(path)):
+    with file.open("rb") as stream:
+      while part := stream.read(2**24):
+        digest.update(part)
+  return digest.hexdigest()
 
 
 def read_output_rows(

@@ -41,7 +41,7 @@ The `Attributes:` of `Config` say where each default comes from.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jaxtyping import Array, Float, Int, Key
@@ -94,6 +94,9 @@ class Needs:
       pass of their own before several.
     single_update: there is no correction for a student that has moved since it
       drew the tokens.
+    given: whether completions may hold tokens that the student did not draw
+      (`loss_mask & ~sampled_mask`, without a behavior): "never"; "may"; "must"
+      where an option is about nothing else.
   """
 
   student: Request = Request()
@@ -105,6 +108,7 @@ class Needs:
   pure_sampling: bool = False
   start: bool = False
   single_update: bool = False
+  given: Literal["never", "may", "must"] = "never"
 
   def __post_init__(self):
     wide = [role for role in ROLES if getattr(self, role).vocab_logprobs]

@@ -62,7 +62,9 @@ def _divergence(config: Config) -> Divergence:
 def needs(config: Config) -> Needs:
   """Whole next-token distributions of both models."""
   return Needs(
-    student=Request(vocab_logprobs=True), teacher=Request(vocab_logprobs=True)
+    student=Request(vocab_logprobs=True),
+    teacher=Request(vocab_logprobs=True),
+    given="may",
   )
 
 

@@ -114,7 +114,9 @@ def check_vocabulary(config: Config, vocab_size: int) -> None:
 def needs(config: Config) -> Needs:
   """Whole next-token distributions of both models."""
   return Needs(
-    student=Request(vocab_logprobs=True), teacher=Request(vocab_logprobs=True)
+    student=Request(vocab_logprobs=True),
+    teacher=Request(vocab_logprobs=True),
+    given="may",
   )
 
 

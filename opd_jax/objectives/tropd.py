@@ -1,8 +1,8 @@
 """Policy gradient inside a trust region, something milder outside (TrOPD).
 
 With s, t, b the log-probabilities of student, teacher and behavior of the
-drawn token, S the teacher's K likeliest ids, u uniform in [0, 1) for each
-token, and sg the stop-gradient:
+token, S the teacher's K likeliest ids, u uniform in [0, 1) for each token, and
+sg the stop-gradient:
 
   A_t     = sg(t_t - s_t)
   P_t     = min(exp(A_t), 1)                  how far the token is trusted
@@ -10,6 +10,8 @@ token, and sg the stop-gradient:
             P_t                               gate="expected"
             [A_t > tau]                       gate="threshold"
   loss_t  = M_t * -exp(s_t - sg(b_t)) A_t  +  (1 - M_t) * outlier_t
+                                              of a drawn token
+            beta (t_t - s_t)                  of a given one, beta "guidance"
 
   outlier_t = sum_(v in S) teacher_v (log teacher_v - log student_v)
                                               outlier="forward_kl"
@@ -46,13 +48,21 @@ forward KL alone collapses. It costs what `gkd` costs; with outlier="mask" or
 Source: Xing et al., arXiv 2606.01249, Sec. 4 and Tables 1 and 4; no training
 code is published.
 
+Given tokens are what the teacher wrote: the beginnings of the completions with
+`rollout.prefix` = "cosine", as in the paper, or whole ones with
+`rollout.stored_fraction`. Their loss is maximum likelihood with a small weight;
+t is there for the value alone. The other figures of the log are those of drawn
+tokens.
+
 Differs: that the trusted part is a policy gradient, and that the mean runs over
-all tokens, the paper does not say; tau it does not report, so that it has no
-default here. The rewards of "clip" and "mask" it prints with the sign turned,
-against its own tables; it says that the forward KL vanishes where the student
-has no mass on S, while by its formula the value grows and the gradient stays
-bounded. Its third part, imitation of teacher-written prefixes, needs rollouts
-that begin with one, which do not exist yet: `guidance` is refused.
+all tokens, given ones included, the paper does not say; tau it does not report,
+so that it has no default here. The rewards of "clip" and "mask" it prints with
+the sign turned, against its own tables; it says that the forward KL vanishes
+where the student has no mass on S, while by its formula the value grows and the
+gradient stays bounded. The paper always has prefixes; here they are the run's
+choice. Its baseline of a Jensen-Shannon divergence, part of which is summed
+over S and part sampled, is left out: its gradient is not that of the
+divergence. `gkd` with divergence "jsd" has the exact one.
 """
 
 import dataclasses
@@ -78,6 +88,7 @@ from opd_jax.objectives.supports import Support
 from opd_jax.types import Scores
 
 _FORWARD_KL = Divergence(name="forward_kl")
+_GUIDANCE = 0.001
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,7 +102,8 @@ class Config:
       the reward for outlier="clip"; None where neither is used.
     top_k: ids of the forward KL, the teacher's likeliest; None for all.
       Paper: 64.
-    guidance: weight of teacher-written prefixes; must be 0.
+    guidance: weight of given tokens, >= 0; None is the paper's 0.001, where
+      there are any.
     reduction: see `reduce.row_scale`; the paper does not say.
   """
 
@@ -99,15 +111,14 @@ class Config:
   outlier: Literal["forward_kl", "mask", "clip"] = "forward_kl"
   tau: float | None = None
   top_k: int | None = 64
-  guidance: float = 0.0
+  guidance: float | None = None
   reduction: str = "token_mean"
 
   def __post_init__(self):
-    if self.guidance != 0:
+    if self.guidance is not None and not 0 <= self.guidance < float("inf"):
       raise InputError(
-        f"guidance must be 0, got {self.guidance}: it is about completions "
-        "that begin with tokens of the teacher, and rollouts cannot begin with "
-        "given tokens yet"
+        f"guidance must be >= 0, got {self.guidance}; None for the paper's "
+        f"{_GUIDANCE}"
       )
     used = self.gate == "threshold" or self.outlier == "clip"
     if used and (self.tau is None or not -float("inf") < self.tau < 0):
@@ -146,18 +157,22 @@ def check_vocabulary(config: Config, vocab_size: int) -> None:
 def needs(config: Config) -> Needs:
   """Drawn tokens of both models; whole distributions for the forward KL."""
   both = Request(logprobs=True, vocab_logprobs=config.outlier == "forward_kl")
-  return Needs(student=both, teacher=both)
+  return Needs(
+    student=both, teacher=both, given="must" if config.guidance else "may"
+  )
 
 
 def prepare(
   config: Config, scores: Scores, state: State, schedule: Schedule
 ) -> Signals:
-  """The uniform of each token, for the coin of gate="bernoulli"."""
+  """The uniform of each token, for gate="bernoulli"; how many are drawn."""
+  drawn = scores.loss_mask & scores.sampled_mask
+  normalizer = {"drawn": jnp.sum(drawn, dtype=jnp.float32)}
   if config.gate != "bernoulli":
-    return Signals()
+    return Signals(normalizer=normalizer)
   behavior = scores.behavior_logprobs
-  drawn = jax.random.uniform(schedule.key, behavior.shape, behavior.dtype)
-  return Signals(token={"uniform": drawn})
+  coin = jax.random.uniform(schedule.key, behavior.shape, behavior.dtype)
+  return Signals(token={"uniform": coin}, normalizer=normalizer)
 
 
 def _outlier(
@@ -178,7 +193,7 @@ def _outlier(
 def terms(
   config: Config, scores: Scores, signals: Signals
 ) -> tuple[Terms, Terms]:
-  """The two sides of the gate, nats per completion token."""
+  """The two sides of the gate and the guidance, nats per completion token."""
   advantage = policy.gap(scores)
   ratio = policy.ratio(scores)
   trust = jnp.exp(jnp.minimum(advantage, 0.0))
@@ -188,17 +203,28 @@ def terms(
   elif config.gate == "threshold":
     inside = (advantage > _tau(config)).astype(trust.dtype)
   outlier = _outlier(config, scores, ratio, advantage)
+  drawn = scores.sampled_mask
+  beta = _GUIDANCE if config.guidance is None else config.guidance
+  missing = scores.teacher.logprobs - scores.student.logprobs
+
+  def of_drawn(values: Float[Array, "B T"]) -> Float[Array, "B T"]:
+    return jnp.where(drawn, values, 0.0)
+
+  terms = {
+    "policy": of_drawn(inside * policy.surrogate(ratio, advantage)),
+    "outlier": of_drawn((1 - inside) * outlier),
+    "guidance": jnp.where(drawn, 0.0, beta * missing),
+  }
+  statistics = {
+    "advantage": advantage,
+    "ratio": ratio,
+    "trust": trust,
+    "inside": inside,
+  }
   return (
+    {name: Term(loss, config.reduction) for name, loss in terms.items()},
     {
-      "policy": Term(
-        inside * policy.surrogate(ratio, advantage), config.reduction
-      ),
-      "outlier": Term((1 - inside) * outlier, config.reduction),
-    },
-    {
-      "advantage": Term(advantage),
-      "ratio": Term(ratio),
-      "trust": Term(trust),
-      "inside": Term(inside),
+      name: Term(of_drawn(values), "selection_mean", "drawn")
+      for name, values in statistics.items()
     },
   )

@@ -9,6 +9,7 @@ from opd_jax.config import RunConfig, SftConfig, SourceConfig
 from opd_jax.data import sources
 from opd_jax.data.files import Row, read_jsonl
 from opd_jax.data.prompts import PromptReport
+from opd_jax.models import hf
 from opd_jax.preflight.report import Finding, Section, table
 from opd_jax.setup import Setup
 
@@ -41,6 +42,10 @@ def inspect(setup: Setup) -> Section:
       f"lengths in ids; data.max_prompt_tokens = "
       f"{config.data.max_prompt_tokens}, data.overlong = "
       f"{config.data.overlong!r}",
+      *(
+        f"{name}: given completions, written by {origin.model}"
+        for name, origin in setup.origins.items()
+      ),
       *found.lines,
     ),
     figures={
@@ -49,7 +54,28 @@ def inspect(setup: Setup) -> Section:
       },
       **found.figures,
     },
+    findings=(*found.findings, *_other_writers(setup)),
   )
+
+
+def _other_writers(setup: Setup) -> Iterator[Finding]:
+  """Stores that the weights of this run's teacher have not written."""
+  teacher = setup.config.teacher.path
+  if not setup.origins:
+    return
+  weights = hf.fingerprint(teacher)
+  for name, origin in setup.origins.items():
+    if origin.weights != weights:
+      path = setup.config.data.sources[name].path
+      yield Finding(
+        name="store_of_another_model",
+        message=(
+          f"{path} was written by {origin.model} (weights {origin.weights[:12]}"
+          f"), and the teacher is {teacher} (weights {weights[:12]}); generate "
+          f"it again with --model={teacher}, unless these completions are "
+          "meant"
+        ),
+      )
 
 
 def inspect_rows(config: RunConfig | SftConfig) -> Section:

@@ -46,6 +46,10 @@ KINDS: Mapping[str, tuple[Severity, str]] = {
     "error",
     "rows of the evaluation or the held-out texts are in the training data",
   ),
+  "store_of_another_model": (
+    "error",
+    "given completions were written by other weights than the teacher's",
+  ),
   "memory_exceeded": (
     "error",
     "weights and optimizer state alone do not fit on a device",

@@ -1,7 +1,7 @@
 """Completions for prompts, drawn from a decoder in one `lax.while_loop`.
 
 Prompts are right-aligned and prefilled once each; their cache is then copied to
-the G rollouts. Every row writes slot P + t at step t, whatever its prompt's
+the G rollouts. Every row writes slot P + s at step s, whatever its prompt's
 length; a row that has ended writes position -1, which attention never sees. The
 loop ends when every row has.
 """
@@ -76,9 +76,10 @@ class _State:
   """The loop's carry.
 
   Attributes:
-    step: t, the tokens drawn by a row that has not ended.
-    last: the token drawn at t - 1.
+    step: s, the tokens drawn by a row that has not ended.
+    last: the token drawn at s - 1.
     stopped: the row has drawn a stop id.
+    ended: it has, or it has drawn as many tokens as it may.
     lengths: tokens drawn by the row.
     tokens: completions, 0 in slots not drawn.
     logprobs: nats, 0 in slots not drawn.
@@ -88,6 +89,7 @@ class _State:
   step: Int[Array, ""]
   last: Int[Array, " B"]
   stopped: Bool[Array, " B"]
+  ended: Bool[Array, " B"]
   lengths: Int[Array, " B"]
   tokens: Int[Array, "B T"]
   logprobs: Float[Array, "B T"]
@@ -105,6 +107,7 @@ def sample(
   key: Key[Array, ""],
   vocab_size: int,
   rows: Int[Array, " B"] | None = None,
+  starts: Int[Array, " B"] | None = None,
 ) -> Rollout:
   """Draws `rollouts` completions of each prompt; pure, for use inside jit.
 
@@ -115,8 +118,8 @@ def sample(
   `behavior_logprobs` are those of the softmax at temperature 1, not the 0 of a
   point mass.
 
-  The token of row b at index t depends on the prompt, `key`, `rows[b]` and t
-  only.
+  The token of row b at index t depends on the prompt, `key`, `rows[b]` and
+  starts[b] + t only.
 
   Args:
     decoder: the model.
@@ -130,6 +133,8 @@ def sample(
     vocab_size: columns from here on are never drawn.
     rows: a number per completion that names its randomness; by default its
       place b * G + g.
+    starts: tokens of each completion that its prompt ends with: so many fewer
+      are drawn, none from `max_new_tokens` on; None for 0.
 
   Raises:
     InputError: `vocab_size` exceeds the decoder's columns, `top_k` or a stop
@@ -147,6 +152,11 @@ def sample(
   if rows is None:
     rows = jnp.arange(batch)
   uniforms = draw.uniforms(key, rows, length)
+  limits = jnp.full(batch, length, jnp.int32)
+  if starts is not None:
+    index = jnp.minimum(starts[:, None] + jnp.arange(length), length - 1)
+    uniforms = jnp.take_along_axis(uniforms, index, axis=1)
+    limits = limits - starts
 
   def record(state: _State, hidden: Any) -> _State:
     """Draws the token at `state.step`."""
@@ -158,14 +168,15 @@ def sample(
         uniforms, state.step, axis=1, keepdims=False
       )
       token, logprob = draw.draw(filters.apply(logits, config), uniform)
-    live = ~state.stopped
+    live = ~state.ended
     token = jnp.where(live, token, 0)
     logprob = jnp.where(live, logprob, 0.0)
-    stop = jnp.isin(token, jnp.array(stop_ids, jnp.int32))
+    stop = live & jnp.isin(token, jnp.array(stop_ids, jnp.int32))
     return _State(
       step=state.step + 1,
       last=token,
       stopped=state.stopped | stop,
+      ended=state.ended | stop | (state.step + 1 >= limits),
       lengths=state.lengths + live.astype(jnp.int32),
       tokens=_write(state.tokens, token, state.step),
       logprobs=_write(state.logprobs, logprob, state.step),
@@ -173,7 +184,7 @@ def sample(
     )
 
   def unfinished(state: _State) -> Array:
-    return (state.step < length) & ~jnp.all(state.stopped)
+    return ~jnp.all(state.ended)
 
   def advance(state: _State) -> _State:
     position = prompts.lengths + state.step - 1
@@ -181,7 +192,7 @@ def sample(
       params,
       state.cache,
       state.last,
-      jnp.where(state.stopped, -1, position),
+      jnp.where(state.ended, -1, position),
       width + state.step - 1,
     )
     return record(dataclasses.replace(state, cache=cache), hidden)
@@ -190,6 +201,7 @@ def sample(
     step=jnp.int32(0),
     last=jnp.zeros(batch, jnp.int32),
     stopped=jnp.zeros(batch, bool),
+    ended=limits <= 0,
     lengths=jnp.zeros(batch, jnp.int32),
     tokens=jnp.zeros((batch, length), jnp.int32),
     logprobs=jnp.zeros((batch, length), jnp.float32),
@@ -201,6 +213,7 @@ def sample(
   return Rollout(
     prompts=prompts,
     tokens=state.tokens,
+    lengths=state.lengths,
     sampled_mask=jnp.arange(length)[None, :] < state.lengths[:, None],
     behavior_logprobs=state.logprobs,
     stop_reason=jnp.where(state.stopped, STOP_ID, STOP_LENGTH),
