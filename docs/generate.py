@@ -55,7 +55,7 @@ def type_name(hint: Any) -> str:
   """A type as a reader of configs writes its values."""
   if typing.get_origin(hint) is Literal:
     return " or ".join(f'`"{value}"`' for value in typing.get_args(hint))
-  if isinstance(hint, types.UnionType):
+  if typing.get_origin(hint) in (types.UnionType, typing.Union):
     return " or ".join(map(type_name, typing.get_args(hint)))
   if hint is type(None):
     return "`None`"

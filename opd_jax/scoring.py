@@ -314,5 +314,6 @@ def bundle_scores(
     behavior_valid=batch.behavior_valid,
     behavior_logprobs=jnp.where(batch.loss_mask, batch.behavior_logprobs, 0.0),
     group=batch.group,
+    rewards=batch.rewards if batch.rewards is not None else ABSENT,
     **{role: scores.get(role, ModelScores()) for role in ROLES},
   )

@@ -5,10 +5,11 @@ mesh tried against the models' shapes. What is wrong raises `InputError` here.
 """
 
 import dataclasses
+from typing import Literal
 
 from jax.sharding import Mesh
 
-from opd_jax import evaluate, objectives, optim, sampling, tokenizer
+from opd_jax import evaluate, objectives, optim, rewards, sampling, tokenizer
 from opd_jax import held_out as held_out_lib
 from opd_jax.config import HeldOutConfig, RunConfig, SftConfig
 from opd_jax.data.prompts import Prompts
@@ -17,6 +18,7 @@ from opd_jax.evaluate import Accuracy, Problems
 from opd_jax.held_out import HeldOut, HeldOutLoss
 from opd_jax.models import Model, ModelConfig, hf
 from opd_jax.objectives.base import Objective
+from opd_jax.rewards import Rewards
 from opd_jax.scoring import Scorer
 from opd_jax.sharding import DECODE_RULES, TRAIN_RULES, Layout, make_mesh
 from opd_jax.step import Step
@@ -44,6 +46,8 @@ class Setup:
     problems: of the evaluation, as the student is asked, if there is one.
     teacher_problems: as the teacher is asked, if it is evaluated too.
     objective: what is descended.
+    rewards: the host stage of the step, if there is one.
+    mode: of the step.
   """
 
   config: RunConfig
@@ -61,6 +65,8 @@ class Setup:
   problems: Problems | None
   teacher_problems: Problems | None
   objective: Objective
+  rewards: Rewards | None
+  mode: Literal["fused", "split"]
 
 
 def prepare(config: RunConfig) -> Setup:
@@ -76,6 +82,7 @@ def prepare(config: RunConfig) -> Setup:
   objective = objectives.create(config.objective)
   _check_supported(objective)
   _check_reference(config, objective)
+  _check_reward(config, objective)
   models = {}
   for role, source in (
     ("student", config.student),
@@ -109,6 +116,7 @@ def prepare(config: RunConfig) -> Setup:
       batch_size=config.batch.prompts,
       vocab_size=vocab_size,
       teacher_vocab_size=models["teacher"].vocab_size,
+      with_answers=config.reward is not None,
     )
   except InputError as error:
     # An id too large may only be a sign of two tokenizer families.
@@ -150,6 +158,10 @@ def prepare(config: RunConfig) -> Setup:
     problems=problems,
     teacher_problems=teacher_problems,
     objective=objective,
+    rewards=None
+    if config.reward is None
+    else rewards.prepare(config.reward, student_tokenizer, prompts),
+    mode=config.mode or ("split" if objective.needs.host else "fused"),
   )
 
 
@@ -254,9 +266,34 @@ def _check_supported(objective: Objective) -> None:
       f"objective {objective.name} needs student_privileged, which a config "
       "cannot name yet; choose an objective without it"
     )
-  if needs.host:
+
+
+def _check_reward(config: RunConfig, objective: Objective) -> None:
+  """Raises unless there are rewards exactly where they are needed."""
+  needs = objective.needs
+  if needs.rewards and config.reward is None:
     raise InputError(
-      f"objective {objective.name} needs a host stage, and none is registered"
+      f"objective {objective.name} needs rewards, and reward is None; set "
+      'reward.verifier to "number", "exact" or "module:function", and '
+      "data.sources.NAME.answer to what is right"
+    )
+  if config.reward is not None and not needs.rewards:
+    raise InputError(
+      f"reward.verifier = {config.reward.verifier!r}, but objective "
+      f"{objective.name} with these options reads no rewards; set reward to "
+      "None, or choose an objective that needs one, such as grpo"
+    )
+  if needs.host and config.mode == "fused":
+    raise InputError(
+      f'mode = "fused", but objective {objective.name} needs the host between '
+      'rollout and update; set mode to None or "split"'
+    )
+  rows = config.batch.rollouts
+  if needs.groups and rows == 1:
+    raise InputError(
+      f"batch.rollouts = {rows}, but objective {objective.name} compares the "
+      "completions of a prompt with each other, and one alone has advantage 0; "
+      "set batch.rollouts to at least 2, such as 8"
     )
 
 

@@ -15,7 +15,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from opd_jax import sampling
 from opd_jax.config import SamplingConfig
@@ -112,6 +112,8 @@ class Step(Update):
       state, frozen, batch, pure_sampling=self.sampling.is_pure
     )
     metrics = {**metrics, **rollout_metrics(rollout)}
+    if rollout.rewards is not None:
+      metrics |= reward_metrics(rollout.rewards, self.rollouts)
     if inputs.teacher_prompts is not None:
       metrics["teacher/prompt_length_mean"] = jnp.mean(
         inputs.teacher_prompts.lengths, dtype=jnp.float32
@@ -136,6 +138,7 @@ class Step(Update):
       behavior_valid=rollout.sampled_mask,
       behavior_logprobs=rollout.behavior_logprobs,
       group=jnp.arange(rows, dtype=jnp.int32) // self.rollouts,
+      rewards=rollout.rewards,
     )
 
 
@@ -152,4 +155,18 @@ def rollout_metrics(rollout: Rollout) -> Metrics:
     "rollout/truncated": jnp.mean(
       rollout.stop_reason == STOP_LENGTH, dtype=jnp.float32
     ),
+  }
+
+
+def reward_metrics(rewards: Float[Array, " B"], rollouts: int) -> Metrics:
+  """Mean and deviation over all completions, and groups that agree.
+
+  A group whose rewards are all equal has no advantage to tell.
+  """
+  groups = rewards.reshape(-1, rollouts)
+  equal = jnp.max(groups, axis=1) == jnp.min(groups, axis=1)
+  return {
+    "reward/mean": jnp.mean(rewards),
+    "reward/std": jnp.std(rewards),
+    "reward/equal_groups": jnp.mean(equal, dtype=jnp.float32),
   }

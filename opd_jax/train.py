@@ -1,6 +1,7 @@
 """On-policy distillation: what a run is made of, and where its loop starts."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from opd_jax.evaluate import Accuracy
 from opd_jax.meter import Work
 from opd_jax.models import Model, hf
 from opd_jax.programs import Programs
+from opd_jax.rewards import Rewards, completion
 from opd_jax.scoring import Scorer
 from opd_jax.setup import Setup
 from opd_jax.sharding import Layout
@@ -79,7 +81,7 @@ class Distillation:
     self._setup = setup
     self._report = report
     self._step = step
-    self._programs = Programs(step, setup.config.mode)
+    self._programs = Programs(step, setup.mode)
     self._frozen: dict[str, Params] = {}
     self.config = setup.config
     self.student: Model = step.scorer.student
@@ -128,7 +130,18 @@ class Distillation:
   ) -> tuple[TrainState, Metrics, Rollout]:
     """Rollout, scoring and update on a batch of prompts."""
     inputs = place_inputs(batch, self.student.layout)
-    return self._programs(state, self._frozen, inputs)
+    host = None
+    if self._setup.rewards is not None:
+      host = functools.partial(self._judge, self._setup.rewards, batch)
+    return self._programs(state, self._frozen, inputs, host)
+
+  def _judge(
+    self, rewards: Rewards, batch: Batch, rollout: Rollout
+  ) -> Rollout:
+    """A rollout with its rewards, in the place of a rollout."""
+    found = rewards(batch, rollout)
+    placed = self.student.layout.place(found, (None,))
+    return dataclasses.replace(rollout, rewards=placed)
 
   def samples(self, shown: Rollout) -> Sequence[Mapping[str, Any]]:
     """The first completions of the batch as text."""
@@ -235,7 +248,7 @@ def describe(setup: Setup, step: Step) -> Iterator[str]:
     f"most {config.sampling.max_new_tokens} new tokens, stop ids "
     f"{list(setup.stop_ids)}"
   )
-  yield f"{loop.devices(step.scorer.student)}, {config.mode} step"
+  yield f"{loop.devices(step.scorer.student)}, {setup.mode} step"
 
 
 def place_inputs(batch: Batch, layout: Layout) -> StepInputs:
@@ -277,17 +290,17 @@ def _samples(setup: Setup, rollout: Rollout) -> Sequence[Mapping[str, Any]]:
   """The first completions of the batch as text."""
   count = setup.config.log.samples
   rollout = jax.device_get(rollout)
-  samples = []
+  samples: list[dict[str, Any]] = []
   for row in range(min(count, len(rollout.tokens))):
     length = rollout.prompts.lengths[row]
     prompt = rollout.prompts.tokens[row][:length].tolist()
-    drawn = rollout.tokens[row][rollout.sampled_mask[row]].tolist()
-    samples.append(
-      {
-        "prompt": setup.tokenizer.decode(prompt),
-        "completion": setup.tokenizer.decode_after(prompt, drawn),
-        "length": len(drawn),
-        "stopped": bool(rollout.stop_reason[row] == STOP_ID),
-      }
-    )
+    sample = {
+      "prompt": setup.tokenizer.decode(prompt),
+      "completion": completion(setup.tokenizer, rollout, row),
+      "length": int(rollout.sampled_mask[row].sum()),
+      "stopped": bool(rollout.stop_reason[row] == STOP_ID),
+    }
+    if rollout.rewards is not None:
+      sample["reward"] = float(rollout.rewards[row])
+    samples.append(sample)
   return samples

@@ -68,6 +68,8 @@ class Rollout:
     behavior_logprobs: nats, under the sampling distribution (temperature and
       filters applied, renormalised); 0 behind the end.
     stop_reason: `STOP_LENGTH` or `STOP_ID`.
+    rewards: of the host stage's verifier, in [0, 1]; None before it, and where
+      there is none.
   """
 
   prompts: PromptBatch
@@ -75,6 +77,7 @@ class Rollout:
   sampled_mask: Bool[Array, "B T"]
   behavior_logprobs: Float[Array, "B T"]
   stop_reason: Int[Array, " B"]
+  rewards: Float[Array, " B"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -124,6 +127,7 @@ class ScoringBatch:
     behavior_valid: `behavior_logprobs` exists for this token.
     behavior_logprobs: nats, under the distribution that drew the token.
     group: the prompt's index in the global batch.
+    rewards: of the host stage; None where there is none.
     packing: of rows that hold several examples each: then prompt and
       completion are one run of slots, cut behind the first; None for rows of
       one prompt and one completion.
@@ -139,6 +143,7 @@ class ScoringBatch:
   behavior_valid: Bool[Array, "B T"]
   behavior_logprobs: Float[Array, "B T"]
   group: Int[Array, " B"]
+  rewards: Float[Array, " B"] | None = None
   packing: Packing | None = None
 
 
@@ -173,6 +178,7 @@ class Scores:
     behavior_logprobs: nats, under the distribution that drew the token.
     group: the prompt's index in the global batch; rows of a group are
       rollouts of one prompt.
+    rewards: of each completion, in [0, 1], by the run's verifier.
     student: the student after the plain prompt.
     student_privileged: the student after the second, privileged prompt.
     teacher: the frozen teacher.
@@ -185,6 +191,7 @@ class Scores:
   behavior_valid: Bool[Array, "B T"]
   behavior_logprobs: Float[Array, "B T"]
   group: Int[Array, " B"]
+  rewards: Float[Array, " B"] = ABSENT
   student: ModelScores
   student_privileged: ModelScores
   teacher: ModelScores

@@ -14,6 +14,7 @@ from opd_jax.config.data import (
 from opd_jax.config.measure import (
   EvalConfig,
   HeldOutConfig,
+  RewardConfig,
 )
 from opd_jax.config.run import (
   CheckpointConfig,
@@ -45,6 +46,7 @@ __all__ = [
   "OptimizerConfig",
   "PackedBatchConfig",
   "PreflightConfig",
+  "RewardConfig",
   "RunConfig",
   "SamplingConfig",
   "SftConfig",

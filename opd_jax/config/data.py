@@ -68,7 +68,8 @@ class SourceConfig:
       None gives it the very ids of the student.
     completion: for `sft`, the text to learn, with fields as in `prompt.text`;
       an end-of-sequence id is put behind it.
-    answer: for evaluation, the text handed to the verifier, likewise.
+    answer: for evaluation and rewards, the text handed to the verifier,
+      likewise.
   """
 
   path: str

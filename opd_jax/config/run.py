@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from opd_jax.config.checks import require
 from opd_jax.config.data import DataConfig, SftDataConfig
-from opd_jax.config.measure import EvalConfig, HeldOutConfig
+from opd_jax.config.measure import EvalConfig, HeldOutConfig, RewardConfig
 from opd_jax.config.step import (
   BatchConfig,
   MeshConfig,
@@ -98,6 +98,8 @@ class RunConfig:
     data: the prompts.
     sampling: how the student draws.
     batch: rows per step.
+    reward: what is right, for the objectives that learn from it, and None for
+      the others.
     objective: `name` of an objective, and its own options.
     optimizer: how the gradient is applied.
     mesh: how many devices each parallel axis has.
@@ -109,7 +111,8 @@ class RunConfig:
     steps: updates to make.
     seed: of the data order and of every draw.
     mode: "fused" runs rollout, scoring and update as one program; "split" as
-      two with the host between them. Tokens and weights are the same.
+      two with the host between them. Tokens and weights are the same. None
+      takes "fused", or "split" for an objective that needs the host.
   """
 
   student: TrainedModelSource
@@ -118,6 +121,7 @@ class RunConfig:
   data: DataConfig
   sampling: SamplingConfig = SamplingConfig()
   batch: BatchConfig = BatchConfig()
+  reward: RewardConfig | None = None
   objective: Mapping[str, Any]
   optimizer: OptimizerConfig = OptimizerConfig()
   mesh: MeshConfig = MeshConfig()
@@ -128,7 +132,7 @@ class RunConfig:
   log: LogConfig = LogConfig()
   steps: int
   seed: int = 0
-  mode: Literal["fused", "split"] = "fused"
+  mode: Literal["fused", "split"] | None = None
 
   def __post_init__(self):
     require(self.steps >= 1, f"steps must be >= 1, got {self.steps}")

@@ -5,6 +5,7 @@ counts and lengths are known before any device work, and makes the same batches.
 Arrays are numpy's.
 """
 
+import bisect
 import dataclasses
 import hashlib
 import itertools
@@ -66,11 +67,15 @@ class Batch(Tokens):
 
   Attributes:
     rows: index of each prompt's row, counted over all sources in order.
+    sources: index of each prompt's source, in the order of `data.sources`.
     teacher: what the teacher reads instead; None if it reads the same ids.
+    answers: of the rows; empty where nobody asks for them.
   """
 
   rows: tuple[int, ...]
+  sources: Int[np.ndarray, " n"]
   teacher: Tokens | None = None
+  answers: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,10 +101,14 @@ class Example:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Pair:
-  """The ids of a row as both models read them, cut to the window."""
+  """The ids of a row as both models read them, cut to the window.
+
+  `answer` is None where nobody asks for it.
+  """
 
   student: np.ndarray
   teacher: np.ndarray
+  answer: str | None
 
 
 class Prompts(Iterator[Batch]):
@@ -127,6 +136,7 @@ class Prompts(Iterator[Batch]):
     batch_size: int,
     vocab_size: int,
     teacher_vocab_size: int | None = None,
+    with_answers: bool = False,
   ):
     """Reads and tokenises all sources.
 
@@ -138,9 +148,10 @@ class Prompts(Iterator[Batch]):
       batch_size: prompts per step.
       vocab_size: ids that all models have.
       teacher_vocab_size: ids that the teacher has; None for `vocab_size`.
+      with_answers: batches hold the answers of their rows.
 
     Raises:
-      InputError: bad source, a prompt too long where `overlong` is "error", an
+      InputError: bad source, an answer the row does not have, a prompt too long where `overlong` is "error", an
         id that a model does not have, or no prompt left.
     """
     self._config = config
@@ -150,14 +161,17 @@ class Prompts(Iterator[Batch]):
     self.reports: dict[str, PromptReport] = {}
     rows_of = {}
     first = 0
+    self._firsts: list[int] = []
     for name in config.sources:
       kept, report = _prepare(
         config,
         self._examples(name),
         vocab_size,
         vocab_size if teacher_vocab_size is None else teacher_vocab_size,
+        config.sources[name].answer if with_answers else None,
       )
       self.reports[name] = report
+      self._firsts.append(first)
       rows_of[name] = [first + index for index in kept]
       self._pairs |= {first + index: pair for index, pair in kept.items()}
       first += report.rows
@@ -188,8 +202,22 @@ class Prompts(Iterator[Batch]):
       tokens=student.tokens,
       lengths=student.lengths,
       rows=rows,
+      sources=np.array([self._source_of(row) for row in rows], np.int32),
       teacher=teacher,
+      answers=tuple(pair.answer for pair in pairs if pair.answer is not None),
     )
+
+  def where(self, row: int) -> str:
+    """A row, by its index over all sources, in words."""
+    number = self._source_of(row)
+    source = list(self._config.sources.values())[number]
+    return sources.where(source, row - self._firsts[number])
+
+  def answers(self) -> Iterator[tuple[int, str]]:
+    """Index over all sources and answer of every row that is used."""
+    for row, pair in self._pairs.items():
+      if pair.answer is not None:
+        yield row, pair.answer
 
   def examples(self, count: int | None = None) -> list[Example]:
     """The first rows of every source and their prompts; None for all rows.
@@ -220,6 +248,9 @@ class Prompts(Iterator[Batch]):
       )
     self._batches.set_state(state["order"])
 
+  def _source_of(self, row: int) -> int:
+    return bisect.bisect_right(self._firsts, row) - 1
+
   def _examples(self, name: str) -> Iterator[Example]:
     source = self._config.sources[name]
     tokenizer, teacher_tokenizer = self._tokenizers
@@ -247,6 +278,7 @@ def _prepare(
   examples: Iterator[Example],
   vocab_size: int,
   teacher_vocab_size: int,
+  answer: str | None,
 ) -> tuple[dict[int, _Pair], PromptReport]:
   """Ids of the prompts to use of a source, by row, and the counts."""
   window = config.max_prompt_tokens
@@ -274,6 +306,9 @@ def _prepare(
       teacher=np.asarray(teacher[-window:], np.int32)
       if example.teacher
       else ids,
+      answer=None
+      if answer is None
+      else templates.fill(answer, example.row, example.where),
     )
   dropped = overlong if config.overlong == "drop" else 0
   lengths = [len(pair.student) for pair in kept.values()]
@@ -347,4 +382,6 @@ def _digest(pairs: Mapping[int, _Pair]) -> str:
     for ids in (pair.student, pair.teacher):
       digest.update(np.array([row, len(ids)], "<i4").tobytes())
       digest.update(ids.astype("<i4").tobytes())
+    if pair.answer is not None:
+      digest.update(pair.answer.encode())
   return digest.hexdigest()[:16]

@@ -73,7 +73,8 @@ class Needs:
     teacher: the frozen teacher.
     reference: the frozen reference.
     whole_rows: hand over all of T at once; excludes `vocab_logprobs`.
-    host: a host stage must run between rollout and scoring.
+    rewards: of the completions, by the verifier of the run's host stage.
+    groups: completions of a prompt are compared: at least two of each.
     pure_sampling: there is no correction for how the tokens are drawn, which
       must be from the student's whole distribution, without filters.
   """
@@ -83,7 +84,8 @@ class Needs:
   teacher: Request = Request()
   reference: Request = Request()
   whole_rows: bool = False
-  host: bool = False
+  rewards: bool = False
+  groups: bool = False
   pure_sampling: bool = False
 
   def __post_init__(self):
@@ -93,6 +95,11 @@ class Needs:
         f"whole_rows and vocab_logprobs (of {', '.join(wide)}) exclude each "
         "other: whole distributions exist for a chunk of T at a time only"
       )
+
+  @property
+  def host(self) -> bool:
+    """Whether a host stage must run between rollout and scoring."""
+    return self.rewards
 
   def roles(self) -> tuple[str, ...]:
     """The roles something is asked of."""

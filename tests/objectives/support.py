@@ -4,6 +4,8 @@ The engine's own path (micro-batches, chunks, trunk and head) is not used here,
 so that it can be compared with this one.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -64,16 +66,24 @@ def model_scores(logits, tokens, mask, request):
   )
 
 
-def scores_of(needs, logits, tokens, mask, behavior_logprobs):
-  """Scores from a dict of logits by role."""
+def scores_of(needs, logits, tokens, mask, behavior_logprobs, **by_row):
+  """Scores from a dict of logits by role.
+
+  `by_row` are `group` and `rewards`; without them every row is a group of its
+  own, and right.
+  """
   empty = ModelScores()
+  rows = tokens.shape[0]
+  group = by_row.get("group", jnp.arange(rows, dtype=jnp.int32))
+  rewards = by_row.get("rewards", jnp.ones(rows, jnp.float32))
   return Scores(
     tokens=tokens,
     sampled_mask=mask,
     loss_mask=mask,
     behavior_valid=mask,
     behavior_logprobs=behavior_logprobs,
-    group=jnp.arange(tokens.shape[0], dtype=jnp.int32),
+    group=group,
+    rewards=rewards if needs.rewards else None,
     **{
       role: model_scores(logits[role], tokens, mask, getattr(needs, role))
       if getattr(needs, role)
@@ -101,20 +111,25 @@ def loss_of(
   state=None,
   step=0,
   at=None,
+  **by_row,
 ):
   """The reduced loss of a whole batch, and the terms by name.
 
-  `at` is a whole schedule, in place of that of `step`.
+  `at` is a whole schedule, in place of that of `step`; `by_row` as in
+  `scores_of`.
   """
-  before = scores_of(
-    objective.prepare_needs, logits, tokens, mask, behavior_logprobs
+  needs = dataclasses.replace(
+    objective.prepare_needs, rewards=objective.needs.rewards
   )
+  before = scores_of(needs, logits, tokens, mask, behavior_logprobs, **by_row)
   signals = objective.prepare(
     before,
     objective.init_state() if state is None else state,
     schedule(step) if at is None else at,
   )
-  scores = scores_of(objective.needs, logits, tokens, mask, behavior_logprobs)
+  scores = scores_of(
+    objective.needs, logits, tokens, mask, behavior_logprobs, **by_row
+  )
   terms, _ = objective.terms(scores, signals)
   counts = reduce.Counts.of(jnp.asarray(mask))
   losses = {
