@@ -151,7 +151,7 @@ class Programs:
     rollout = self._rollout_shape(state, frozen, inputs)
     if not self._step.objective.needs.rewards:
       return rollout
-    rewards = jax.ShapeDtypeStruct(
+    rewards: Any = jax.ShapeDtypeStruct(
       rollout.stop_reason.shape, jnp.float32, sharding=self._everywhere
     )
     return dataclasses.replace(rollout, rewards=rewards)

@@ -36,9 +36,7 @@ class Rewards:
   tokenizer: Tokenizer
   prompts: Prompts
 
-  def __call__(
-    self, batch: Batch, rollout: Rollout
-  ) -> Float[np.ndarray, " B"]:
+  def __call__(self, batch: Batch, rollout: Rollout) -> Float[np.ndarray, " B"]:
     """The score of every completion, in [0, 1].
 
     Args:

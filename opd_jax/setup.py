@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from opd_jax import evaluate, objectives, optim, rewards, sampling, tokenizer
 from opd_jax import held_out as held_out_lib
-from opd_jax.config import HeldOutConfig, RunConfig, SftConfig
+from opd_jax.config import HeldOutConfig, ModelSource, RunConfig, SftConfig
 from opd_jax.data.prompts import Prompts
 from opd_jax.errors import InputError
 from opd_jax.evaluate import Accuracy, Problems
@@ -27,6 +27,25 @@ from opd_jax.tokenizer import Difference, Tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class DomainTeacher:
+  """A teacher of the rows of some data sources.
+
+  Attributes:
+    role: the same in words.
+    source: its key in the config.
+    model: its architecture.
+    tokenizer: of it.
+    difference: between the student's tokenizer and its.
+  """
+
+  role: str
+  source: ModelSource
+  model: ModelConfig
+  tokenizer: Tokenizer
+  difference: Difference
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Setup:
   """What a run is made of, on the host.
 
@@ -34,6 +53,8 @@ class Setup:
     config: of the run.
     student: its architecture.
     teacher: its architecture.
+    domain_teachers: the others, in order.
+    routes: by data source: index of its teacher in (teacher, *domain_teachers).
     reference: its architecture, if there is one.
     tokenizer: of the student.
     teacher_tokenizer: of the teacher.
@@ -53,6 +74,8 @@ class Setup:
   config: RunConfig
   student: ModelConfig
   teacher: ModelConfig
+  domain_teachers: tuple[DomainTeacher, ...]
+  routes: tuple[int, ...]
   reference: ModelConfig | None
   tokenizer: Tokenizer
   teacher_tokenizer: Tokenizer
@@ -67,6 +90,12 @@ class Setup:
   objective: Objective
   rewards: Rewards | None
   mode: Literal["fused", "split"]
+
+  def teacher_tokenizer_of(self, source: str) -> Tokenizer:
+    """Of the teacher that scores the rows of a data source."""
+    number = self.routes[list(self.config.data.sources).index(source)]
+    others = (teacher.tokenizer for teacher in self.domain_teachers)
+    return (self.teacher_tokenizer, *others)[number]
 
 
 def prepare(config: RunConfig) -> Setup:
@@ -84,20 +113,36 @@ def prepare(config: RunConfig) -> Setup:
   _check_reference(config, objective)
   _check_reward(config, objective)
   models = {}
+  paths = {}
+  others, routes = route(config)
   for role, source in (
     ("student", config.student),
     ("teacher", config.teacher),
+    *others.items(),
     ("reference", config.reference),
   ):
     if source is not None:
       models[role] = hf.read_config(source.path)
       hf.check(source.path, models[role])
+      paths[role] = source.path
   student_tokenizer = tokenizer.load(hf.resolve(config.student.path))
   teacher_tokenizer = tokenizer.load(hf.resolve(config.teacher.path))
   reference_tokenizer = None
   if config.reference is not None:
     reference_tokenizer = tokenizer.load(hf.resolve(config.reference.path))
   difference = tokenizer.compare(student_tokenizer, teacher_tokenizer)
+  domain_teachers = []
+  for role, source in others.items():
+    tokens = tokenizer.load(hf.resolve(source.path))
+    domain_teachers.append(
+      DomainTeacher(
+        role=role,
+        source=source,
+        model=models[role],
+        tokenizer=tokens,
+        difference=tokenizer.compare(student_tokenizer, tokens),
+      )
+    )
   vocab_size = min(
     *(model.vocab_size for model in models.values()),
     student_tokenizer.id_count,
@@ -116,18 +161,31 @@ def prepare(config: RunConfig) -> Setup:
       batch_size=config.batch.prompts,
       vocab_size=vocab_size,
       teacher_vocab_size=models["teacher"].vocab_size,
+      domain_teachers={
+        name: (other.tokenizer, other.model.vocab_size)
+        for name, number in zip(config.data.sources, routes, strict=True)
+        for other in domain_teachers[number - 1 : number]
+      },
       with_answers=config.reward is not None,
     )
   except InputError as error:
     # An id too large may only be a sign of two tokenizer families.
-    obstacle = tokenizer.explain(
-      student_tokenizer, teacher_tokenizer, difference
-    )
+    for tokens, difference_of, role in (
+      (teacher_tokenizer, difference, "teacher"),
+      *(
+        (each.tokenizer, each.difference, each.role) for each in domain_teachers
+      ),
+    ):
+      obstacle = tokenizer.explain(
+        student_tokenizer, tokens, difference_of, role
+      )
+      if obstacle is not None:
+        break
     if obstacle is None or "tokenizers_differ" in config.preflight.allow:
       raise
     raise InputError(obstacle) from error
   _check_sampling(config, objective)
-  _check_windows(config, models, prompts)
+  _check_windows(config, models, paths, prompts)
   problems = evaluate.of_run(
     config.eval, config.sampling, student_tokenizer, models["student"]
   )
@@ -144,6 +202,8 @@ def prepare(config: RunConfig) -> Setup:
     config=config,
     student=models["student"],
     teacher=models["teacher"],
+    domain_teachers=tuple(domain_teachers),
+    routes=routes,
     reference=models.get("reference"),
     tokenizer=student_tokenizer,
     teacher_tokenizer=teacher_tokenizer,
@@ -163,6 +223,28 @@ def prepare(config: RunConfig) -> Setup:
     else rewards.prepare(config.reward, student_tokenizer, prompts),
     mode=config.mode or ("split" if objective.needs.host else "fused"),
   )
+
+
+def route(
+  config: RunConfig,
+) -> tuple[dict[str, ModelSource], tuple[int, ...]]:
+  """The teachers beside `teacher` by role, and whose the rows of a source are.
+
+  A teacher that several sources name is one. An index counts `teacher` as 0.
+  """
+  of_source = {
+    name: config.domain_teachers.get(name, config.teacher)
+    for name in config.data.sources
+  }
+  found = [config.teacher]
+  for source in of_source.values():
+    if source not in found:
+      found.append(source)
+  roles = {}
+  for source in found[1:]:
+    own = [name for name, teacher in of_source.items() if teacher == source]
+    roles[f"teacher of {', '.join(own)}"] = source
+  return roles, tuple(found.index(source) for source in of_source.values())
 
 
 def read_held_out(
@@ -226,7 +308,11 @@ def make_step(setup: Setup, mesh: Mesh | None = None) -> Step:
     setup.student, train, config.student.compute_dtype, config.student.remat
   )
   teacher = Model(setup.teacher, train, config.teacher.compute_dtype)
-  models = {"student": student, "teacher": teacher}
+  others = {
+    other.role: Model(other.model, train, other.source.compute_dtype)
+    for other in setup.domain_teachers
+  }
+  models = {"student": student, "teacher": teacher, **others}
   reference = None
   if setup.reference is not None and config.reference is not None:
     reference = Model(setup.reference, train, config.reference.compute_dtype)
@@ -239,6 +325,8 @@ def make_step(setup: Setup, mesh: Mesh | None = None) -> Step:
   scorer = Scorer(
     student=student,
     teacher=teacher,
+    other_teachers=tuple(others.values()),
+    routes=setup.routes if others else (),
     reference=reference,
     vocab_size=setup.vocab_size,
     temperature=config.sampling.temperature or 1.0,
@@ -256,6 +344,7 @@ def make_step(setup: Setup, mesh: Mesh | None = None) -> Step:
     micro_batches=config.batch.micro_batches,
     steps=config.steps,
     seed=config.seed,
+    sources=tuple(config.data.sources) if len(config.data.sources) > 1 else (),
   )
 
 
@@ -317,21 +406,26 @@ def _check_reference(config: RunConfig, objective: Objective) -> None:
 
 
 def _check_windows(
-  config: RunConfig, models: dict[str, ModelConfig], prompts: Prompts
+  config: RunConfig,
+  models: dict[str, ModelConfig],
+  paths: dict[str, str],
+  prompts: Prompts,
 ) -> None:
   """Raises unless the models have positions for prompt and completion."""
   key, completion = "data.max_prompt_tokens", config.sampling.max_new_tokens
   windows = {"student": (key, config.data.max_prompt_tokens)}
   windows |= dict.fromkeys(models, windows["student"])
   if prompts.teacher_window is not None:
-    windows["teacher"] = ("the longest teacher_prompt", prompts.teacher_window)
+    # Every teacher runs over all rows.
+    own = ("the longest teacher_prompt", prompts.teacher_window)
+    windows |= {role: own for role in models if role.startswith("teacher")}
   for role, (name, window) in windows.items():
     positions = models[role].max_positions
     if window + completion > positions:
       raise InputError(
         f"{name} + sampling.max_new_tokens = {window} + {completion} = "
         f"{window + completion} exceeds the {role}'s window of {positions} "
-        f"positions ({getattr(config, role).path}); lower {key} or "
+        f"positions ({paths[role]}); lower {key} or "
         "sampling.max_new_tokens"
       )
 

@@ -123,9 +123,9 @@ class Step(Update):
   def scoring_batch(self, rollout: Rollout, inputs: StepInputs) -> ScoringBatch:
     """All drawn tokens carry loss and have a behavior log-probability."""
     rows = rollout.tokens.shape[0]
-    privileged, teacher_prompts = jax.tree.map(
+    privileged, teacher_prompts, sources = jax.tree.map(
       lambda leaf: jnp.repeat(leaf, self.rollouts, axis=0),
-      (inputs.privileged, inputs.teacher_prompts),
+      (inputs.privileged, inputs.teacher_prompts, inputs.sources),
     )
     return ScoringBatch(
       prompts=rollout.prompts,
@@ -139,6 +139,7 @@ class Step(Update):
       behavior_logprobs=rollout.behavior_logprobs,
       group=jnp.arange(rows, dtype=jnp.int32) // self.rollouts,
       rewards=rollout.rewards,
+      sources=sources,
     )
 
 

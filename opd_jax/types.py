@@ -49,11 +49,13 @@ class StepInputs:
     privileged: second prompts with what only a teacher should know.
     teacher_prompts: what the teacher reads in front of the same completions;
       None gives it the student's prompts.
+    sources: index of each prompt's data source; None where nobody asks.
   """
 
   prompts: PromptBatch
   privileged: PromptBatch | None = None
   teacher_prompts: PromptBatch | None = None
+  sources: Int[Array, " P"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -128,6 +130,7 @@ class ScoringBatch:
     behavior_logprobs: nats, under the distribution that drew the token.
     group: the prompt's index in the global batch.
     rewards: of the host stage; None where there is none.
+    sources: index of each row's data source; None where nobody asks.
     packing: of rows that hold several examples each: then prompt and
       completion are one run of slots, cut behind the first; None for rows of
       one prompt and one completion.
@@ -144,6 +147,7 @@ class ScoringBatch:
   behavior_logprobs: Float[Array, "B T"]
   group: Int[Array, " B"]
   rewards: Float[Array, " B"] | None = None
+  sources: Int[Array, " B"] | None = None
   packing: Packing | None = None
 
 
@@ -181,7 +185,7 @@ class Scores:
     rewards: of each completion, in [0, 1], by the run's verifier.
     student: the student after the plain prompt.
     student_privileged: the student after the second, privileged prompt.
-    teacher: the frozen teacher.
+    teacher: the frozen teacher; of several, that of the row's source.
     reference: the frozen reference.
   """
 

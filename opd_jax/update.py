@@ -20,7 +20,7 @@ from opd_jax.models import Model
 from opd_jax.objectives import reduce
 from opd_jax.objectives.base import Objective, Schedule, Signals
 from opd_jax.optim import state_shardings
-from opd_jax.scoring import Parameters, Scorer, bundle_scores
+from opd_jax.scoring import Parameters, Scorer, Weights, bundle_scores
 from opd_jax.types import (
   ModelScores,
   Params,
@@ -29,7 +29,7 @@ from opd_jax.types import (
 )
 
 Metrics = Mapping[str, Float[Array, ""]]
-Frozen = Mapping[str, Params]
+Frozen = Mapping[str, Weights]
 
 # Folded into the key of a step for the objective; the sampler folds in rows.
 _OBJECTIVE = 2**31 - 1
@@ -47,6 +47,7 @@ class Update:
     micro_batches: parts of the batch the gradient is summed over.
     steps: of the whole run.
     seed: of every draw.
+    sources: names of the data sources, where rows say what theirs is.
   """
 
   scorer: Scorer
@@ -56,6 +57,7 @@ class Update:
   micro_batches: int
   steps: int
   seed: int
+  sources: tuple[str, ...] = ()
 
   def init_state(self, params: Params) -> TrainState:
     """The state before the first step."""
@@ -121,7 +123,7 @@ class Update:
       ),
     )
     metrics = {
-      **step_metrics(evaluation, batch, pure_sampling),
+      **step_metrics(evaluation, batch, pure_sampling, self.sources),
       "optimizer/grad_norm": optax.tree.norm(evaluation.gradients),
       "optimizer/learning_rate": jnp.asarray(
         self.learning_rate(state.step), jnp.float32
@@ -248,7 +250,10 @@ def abstract_state(
 
 
 def step_metrics(
-  evaluation: Evaluation, batch: ScoringBatch, pure_sampling: bool
+  evaluation: Evaluation,
+  batch: ScoringBatch,
+  pure_sampling: bool,
+  sources: tuple[str, ...] = (),
 ) -> Metrics:
   """What a step tells, from before its update; means run over loss tokens.
 
@@ -257,7 +262,8 @@ def step_metrics(
   KL(student || teacher) in nats; `mismatch` compares the log-probabilities of
   the sampler and of the scoring forward of the same weights. Both mean this
   only where the tokens are drawn from the student's whole distribution
-  (`pure_sampling`), and are left out elsewhere.
+  (`pure_sampling`), and are left out elsewhere. `teacher/kl/NAME` is of the
+  rows of a source alone, and NaN in a step that has none.
   """
   mask = batch.loss_mask
   count = jnp.maximum(jnp.sum(mask, dtype=jnp.float32), 1.0)
@@ -282,5 +288,10 @@ def step_metrics(
     metrics["mismatch/max"] = jnp.max(gap)
     teacher = evaluation.observed.get("teacher")
     if teacher is not None:
-      metrics["teacher/kl"] = mean(student["logprobs"] - teacher["logprobs"])
+      gap = student["logprobs"] - teacher["logprobs"]
+      metrics["teacher/kl"] = mean(gap)
+      if batch.sources is not None:
+        for index, name in enumerate(sources):
+          own = mask & (batch.sources == index)[:, None]
+          metrics[f"teacher/kl/{name}"] = jnp.mean(gap, where=own)
   return metrics

@@ -19,7 +19,14 @@ BASE = {"errors", "types", "config", "parsing", "sharding", "sequences"}
 TEXT = {"tokenizer", "templates", "arith", "data"}
 PARTS = BASE | {"models", "sampling", "objectives"} | TEXT
 CORE = PARTS | {"scoring", "gradient", "optim", "update", "step", "programs"}
-MEASURES = {"held_out", "verifiers", "estimates", "generate", "evaluate"}
+MEASURES = {
+  "held_out",
+  "verifiers",
+  "estimates",
+  "generate",
+  "evaluate",
+  "rewards",
+}
 TOOLS = {"flops", "checkpoint", "metrics", "export", "meter", "summary"}
 RUN = CORE | MEASURES | TOOLS | {"task", "interrupts", "loop"}
 
@@ -54,6 +61,7 @@ ALLOWED = {
   "held_out": CORE,
   "generate": PARTS,
   "evaluate": PARTS | {"verifiers", "estimates", "generate"},
+  "rewards": BASE | TEXT | {"verifiers"},
   #
   "flops": {"models"},
   "checkpoint": CORE,

@@ -92,7 +92,8 @@ class RunConfig:
 
   Attributes:
     student: is trained; float32 master weights, exported at the end.
-    teacher: frozen.
+    teacher: frozen; scores the rows of all sources without one of their own.
+    domain_teachers: by the name of a data source: the teacher of its rows.
     reference: a second frozen model, for the objectives that need one, and None
       for the others.
     data: the prompts.
@@ -117,6 +118,9 @@ class RunConfig:
 
   student: TrainedModelSource
   teacher: ModelSource
+  domain_teachers: Mapping[str, ModelSource] = dataclasses.field(
+    default_factory=dict
+  )
   reference: ModelSource | None = None
   data: DataConfig
   sampling: SamplingConfig = SamplingConfig()
@@ -143,6 +147,22 @@ class RunConfig:
       isinstance(self.objective.get("name"), str),
       "objective.name must name an objective, got "
       f"{self.objective.get('name')!r}",
+    )
+    names = list(self.data.sources)
+    for name in self.domain_teachers:
+      require(
+        name in names,
+        f"domain_teachers.{name} is for the rows of data.sources.{name}, which "
+        f"there is not; the sources are {', '.join(names)}",
+      )
+    require(
+      any(
+        self.domain_teachers.get(name, self.teacher) == self.teacher
+        for name in names
+      ),
+      f"teacher.path = {self.teacher.path!r} would score no row: "
+      "domain_teachers has another one for every source; make teacher one of "
+      "them, whose own entry may then be left out",
     )
 
 

@@ -67,13 +67,14 @@ class Batch(Tokens):
 
   Attributes:
     rows: index of each prompt's row, counted over all sources in order.
-    sources: index of each prompt's source, in the order of `data.sources`.
+    sources: index of each prompt's source, in the order of `data.sources`; None
+      if there is one only.
     teacher: what the teacher reads instead; None if it reads the same ids.
     answers: of the rows; empty where nobody asks for them.
   """
 
   rows: tuple[int, ...]
-  sources: Int[np.ndarray, " n"]
+  sources: Int[np.ndarray, " n"] | None = None
   teacher: Tokens | None = None
   answers: tuple[str, ...] = ()
 
@@ -136,6 +137,7 @@ class Prompts(Iterator[Batch]):
     batch_size: int,
     vocab_size: int,
     teacher_vocab_size: int | None = None,
+    domain_teachers: Mapping[str, tuple[Tokenizer, int]] | None = None,
     with_answers: bool = False,
   ):
     """Reads and tokenises all sources.
@@ -148,14 +150,21 @@ class Prompts(Iterator[Batch]):
       batch_size: prompts per step.
       vocab_size: ids that all models have.
       teacher_vocab_size: ids that the teacher has; None for `vocab_size`.
+      domain_teachers: tokenizer and ids of the teachers of some sources.
       with_answers: batches hold the answers of their rows.
 
     Raises:
-      InputError: bad source, an answer the row does not have, a prompt too long where `overlong` is "error", an
-        id that a model does not have, or no prompt left.
+      InputError: bad source, a row without its answer, a prompt too long where
+        `overlong` is "error", an id that a model does not have, or no prompt
+        left.
     """
     self._config = config
-    self._tokenizers = (tokenizer, teacher)
+    self._tokenizer = tokenizer
+    if teacher_vocab_size is None:
+      teacher_vocab_size = vocab_size
+    default = (teacher, teacher_vocab_size)
+    self._teachers = dict.fromkeys(config.sources, default)
+    self._teachers |= domain_teachers or {}
     self._window = config.max_prompt_tokens
     self._pairs: dict[int, _Pair] = {}
     self.reports: dict[str, PromptReport] = {}
@@ -167,7 +176,7 @@ class Prompts(Iterator[Batch]):
         config,
         self._examples(name),
         vocab_size,
-        vocab_size if teacher_vocab_size is None else teacher_vocab_size,
+        self._teachers[name][1],
         config.sources[name].answer if with_answers else None,
       )
       self.reports[name] = report
@@ -198,11 +207,14 @@ class Prompts(Iterator[Batch]):
     teacher = None
     if self.teacher_window is not None:
       teacher = _pad([pair.teacher for pair in pairs], self.teacher_window)
+    numbers = None
+    if len(self._config.sources) > 1:
+      numbers = np.array([self._source_of(row) for row in rows], np.int32)
     return Batch(
       tokens=student.tokens,
       lengths=student.lengths,
       rows=rows,
-      sources=np.array([self._source_of(row) for row in rows], np.int32),
+      sources=numbers,
       teacher=teacher,
       answers=tuple(pair.answer for pair in pairs if pair.answer is not None),
     )
@@ -253,7 +265,7 @@ class Prompts(Iterator[Batch]):
 
   def _examples(self, name: str) -> Iterator[Example]:
     source = self._config.sources[name]
-    tokenizer, teacher_tokenizer = self._tokenizers
+    teacher_tokenizer, _ = self._teachers[name]
     for index, row in enumerate(sources.read(source)):
       where = sources.where(source, index)
       teacher = None
@@ -268,7 +280,7 @@ class Prompts(Iterator[Batch]):
         index=index,
         where=where,
         row=row,
-        student=templates.prompt(source.prompt, row, tokenizer, where),
+        student=templates.prompt(source.prompt, row, self._tokenizer, where),
         teacher=teacher,
       )
 

@@ -252,6 +252,11 @@ class Objective:
     except InputError as error:
       raise InputError(f"objective {self.name}: {error}") from error
 
+  def frozen_roles(self) -> tuple[str, ...]:
+    """The frozen models that a step runs."""
+    read = {*self.prepare_needs.roles(), *self.needs.roles()}
+    return tuple(role for role in ("teacher", "reference") if role in read)
+
   def prepare_covers(self, role: str) -> bool:
     """Whether all `terms` reads of a frozen role, `prepare` has read before."""
     before = getattr(self.prepare_needs, role)

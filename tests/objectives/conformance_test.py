@@ -543,9 +543,7 @@ def test_every_objective_says_what_it_descends():
 def test_expected_gradient_is_that_of_the_claim(name, case):
   with jax.enable_x64(True):
     student, world = make_world(case.off_policy)
-    found = expected_gradient(
-      case.create(name), student, world, case.rollouts
-    )
+    found = expected_gradient(case.create(name), student, world, case.rollouts)
     claimed = jax.grad(lambda table: case.claim(world, table))(student)
     assert found.dtype == jnp.float64
     np.testing.assert_allclose(found, claimed, rtol=0, atol=TOLERANCE)
@@ -626,9 +624,7 @@ def test_neighbouring_claims_are_told_apart(name, index, neighbour):
   case = CASES[name][index]
   with jax.enable_x64(True):
     student, world = make_world(case.off_policy)
-    found = expected_gradient(
-      case.create(name), student, world, case.rollouts
-    )
+    found = expected_gradient(case.create(name), student, world, case.rollouts)
     wrong = jax.grad(lambda table: neighbour(world, table))(student)
     assert jnp.max(jnp.abs(found - wrong)) > 1e-3
 
