@@ -64,7 +64,7 @@ def test_a_key_must_be_a_source(folder):
 def test_the_teacher_must_have_rows(folder):
   second = {"path": str(folder / "second")}
   teachers = dict.fromkeys(("texts", "code", "more"), second)
-  with pytest.raises(InputError, match="would score no row.*make teacher one"):
+  with pytest.raises(InputError, match=r"would score no row.*make teacher one"):
     config_of(folder, domain_teachers=teachers)
   # Named twice, it is one model with one set of weights.
   config = config_of(folder, domain_teachers=teachers, teacher=second)
