@@ -162,9 +162,12 @@ def prepare(config: RunConfig) -> Setup:
       vocab_size=vocab_size,
       teacher_vocab_size=models["teacher"].vocab_size,
       domain_teachers={
-        name: (other.tokenizer, other.model.vocab_size)
+        name: (
+          domain_teachers[number - 1].tokenizer,
+          domain_teachers[number - 1].model.vocab_size,
+        )
         for name, number in zip(config.data.sources, routes, strict=True)
-        for other in domain_teachers[number - 1 : number]
+        if number > 0
       },
       with_answers=config.reward is not None,
     )

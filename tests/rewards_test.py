@@ -253,8 +253,9 @@ def test_eight_devices_are_one(folder, monkeypatch, tmp_path):
   ):
     mesh = make_mesh(sizes, jax.devices()[:devices])
     monkeypatch.setattr(setup_lib, "make_mesh", lambda _, mesh=mesh: mesh)
-    config = config_of(folder, steps=2, batch={"prompts": 4, "rollouts": 2})
-    train_lib.train(config, tmp_path / name)
+    # The parts of a step are timed by themselves, too, without rewards.
+    log = {"every": 1, "time_split_every": 1}
+    train_lib.train(config_of(folder, steps=2, log=log), tmp_path / name)
   one, eight = (
     [r for r in records(tmp_path / name) if "train/loss" in r]
     for name in ("one", "eight")
@@ -262,5 +263,6 @@ def test_eight_devices_are_one(folder, monkeypatch, tmp_path):
   for left, right in zip(one, eight, strict=True):
     for key in ("reward/mean", "reward/std", "rollout/tokens"):
       assert left[key] == right[key]
+    assert left["time/sample"] > 0
     key = "optimizer/grad_norm"
     np.testing.assert_allclose(left[key], right[key], rtol=1e-4)
