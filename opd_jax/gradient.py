@@ -28,6 +28,8 @@ from opd_jax.scoring import (
   Observed,
   Parameters,
   Scorer,
+  States,
+  Weights,
   bundle_scores,
 )
 from opd_jax.selector import Kept, Selector
@@ -155,7 +157,7 @@ def evaluate(
   head = scorer.head("student", parameters.student)
   trained_roles = objective.needs.gradient_roles()
 
-  def run(trunk: Params) -> dict[str, Float[Array, "B T D"]]:
+  def run(trunk: Params) -> dict[str, States]:
     return {role: scorer.hidden(role, trunk, batch) for role in trained_roles}
 
   trained, backward = jax.vjp(run, trunk)
@@ -289,8 +291,8 @@ class _GradientLoop:
   counts: reduce.Counts
   signals: Signals
   known: Mapping[str, ModelScores]
-  fixed: Mapping[str, Float[Array, "B T D"]]
-  fixed_heads: Mapping[str, Params]
+  fixed: Mapping[str, States]
+  fixed_heads: Mapping[str, Weights]
 
   def pointwise(self, trained: Any, head: Params) -> Any:
     """Terms of each chunk, differentiated where it stands."""
@@ -360,6 +362,7 @@ class _GradientLoop:
         chunk,
         part["batch"].tokens,
         part["batch"].loss_mask,
+        part["batch"].sources,
       )
     return scores, observed
 

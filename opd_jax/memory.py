@@ -121,7 +121,7 @@ def estimate(
     window: P, slots of a prompt.
     teacher_window: slots of the teacher's prompts; None for the student's.
     evaluation: of the student, between steps.
-    same_weights: teacher and reference hold the same arrays.
+    same_weights: a teacher and the reference hold the same arrays.
   """
   rollout = Decoding(
     prompts=prompts,
@@ -220,7 +220,15 @@ def _weights(step: Step, same_weights: bool) -> Iterable[Part]:
 
 def _frozen(step: Step) -> dict[str, Model]:
   """The frozen models by role."""
-  models = {"teacher": step.scorer.teacher, "reference": step.scorer.reference}
+  scorer = step.scorer
+  models = {
+    "teacher": scorer.teacher,
+    **{
+      f"teacher {number}": model
+      for number, model in enumerate(scorer.other_teachers, start=2)
+    },
+    "reference": scorer.reference,
+  }
   return {role: model for role, model in models.items() if model is not None}
 
 
@@ -336,7 +344,7 @@ def _update(
   attention = []
   for role, model in frozen.items():
     heads = model.config.num_heads // model.layout.shards("heads")
-    seen = length + (teacher_window if role == "teacher" else window)
+    seen = length + (window if role == "reference" else teacher_window)
     attention.append((2 * rows * heads * seen * seen * 4, role))
   if attention:
     size, role = max(attention)  # One model runs after the other.

@@ -57,7 +57,7 @@ class Meter:
 
   def check(self, step: int) -> None:
     """Raises FloatingPointError if a step up to this one has diverged."""
-    fetched = jax.device_get(self._metrics)
+    fetched = self._fetched()
     for index, values in enumerate(fetched, start=step - len(fetched) + 1):
       check_finite(values, index)
 
@@ -69,18 +69,19 @@ class Meter:
   def close(self, step: int) -> dict[str, float]:
     """The record of the steps since the last one; starts the next one.
 
-    Means over the steps; `/max` and `length_max` are maxima.
+    Means over the steps that have a value; `/max` and `length_max` are maxima.
     """
     self.check(step)
-    fetched = jax.device_get(self._metrics)
+    fetched = self._fetched()
     seconds = (time.monotonic() - self._began) / len(fetched)
     record = {
       name: float(
         (np.max if name.endswith("max") else np.mean)(
-          [values[name] for values in fetched]
+          [values[name] for values in fetched if name in values]
         )
       )
-      for name in fetched[0]
+      for name in self._metrics[0]
+      if any(name in values for values in fetched)
     }
     record["time/step"] = seconds
     work = self._work(record)
@@ -93,6 +94,17 @@ class Meter:
     self._metrics = []
     self._began = time.monotonic()
     return record
+
+  def _fetched(self) -> list[dict[str, float]]:
+    """Values by step; `GROUP/METRIC/NAME` is NaN in a step without a NAME."""
+    return [
+      {
+        name: value
+        for name, value in values.items()
+        if name.count("/") < 2 or not np.isnan(value)
+      }
+      for values in jax.device_get(self._metrics)
+    ]
 
 
 def _utilisation(rate: float) -> dict[str, float]:

@@ -4,11 +4,13 @@ A program compiled ahead of time cannot recompile: arguments of another shape
 or place raise instead.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 
 from opd_jax.step import Step
 from opd_jax.types import Rollout, StepInputs, TrainState
@@ -72,18 +74,31 @@ class Programs:
     self._compile(
       "update",
       step.update_from,
-      (state, frozen, inputs, self._rollout_shape(state, frozen, inputs)),
+      (state, frozen, inputs, self._judged_shape(state, frozen, inputs)),
       donate_argnums=0,
       out_shardings=(places, self._everywhere),
     )
 
   def __call__(
-    self, state: TrainState, frozen: Frozen, inputs: StepInputs
+    self,
+    state: TrainState,
+    frozen: Frozen,
+    inputs: StepInputs,
+    host: Callable[[Rollout], Rollout] | None = None,
   ) -> tuple[TrainState, Metrics, Rollout]:
-    """Runs a step; `state` is used up."""
+    """Runs a step; `state` is used up.
+
+    Args:
+      state: before the step.
+      frozen: weights of the other models.
+      inputs: of the step.
+      host: what the host adds to the completions; only in "split".
+    """
     if self._mode == "fused":
       return self.compiled["train"](state, frozen, inputs)
     rollout = self.compiled["rollout"](*_drawing(state, frozen, inputs))
+    if host is not None:
+      rollout = host(rollout)
     state, metrics = self.compiled["update"](state, frozen, inputs, rollout)
     return state, metrics, rollout
 
@@ -130,6 +145,18 @@ class Programs:
       ),
       shapes,
     )
+
+  def _judged_shape(
+    self, state: TrainState, frozen: Frozen, inputs: StepInputs
+  ) -> Rollout:
+    """Of a rollout behind the host stage."""
+    rollout = self._rollout_shape(state, frozen, inputs)
+    if not self._step.objective.needs.rewards:
+      return rollout
+    rewards: Any = jax.ShapeDtypeStruct(
+      rollout.stop_reason.shape, jnp.float32, sharding=self._everywhere
+    )
+    return dataclasses.replace(rollout, rewards=rewards)
 
   def _compile(
     self, name: str, function: Callable, arguments: Any, **options: Any

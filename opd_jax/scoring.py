@@ -4,13 +4,18 @@ A model's trunk turns prompt and completion into hidden states [B, T, D], once.
 Its vocabulary head runs over chunks of T, all models' heads in the same loop,
 so that no [B, T, V] array exists. `gradient.py` differentiates in such a loop.
 
+Of several teachers each row has its own, that of its data source. All of them
+score all rows, and what the others say of a row is dropped: shapes are static,
+and a batch may have any number of rows of a source. So a step costs a forward
+pass per teacher.
+
 This is the only place that shifts: the state of slot P - 1 + t predicts
 completion token t.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -38,23 +43,32 @@ from opd_jax.types import (
 # the distribution (nats), and "masked_mass" outside the shared vocabulary.
 Observed = Mapping[str, Mapping[str, Float[Array, "B T"]]]
 
+# Of a role: `Params`, and hidden states Float[Array, "B T D"]; of several
+# teachers a tuple of them, in the order of `Scorer.models`.
+Weights = Any
+States = Any
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parameters:
-  """The weights of a step, by who holds them."""
+  """The weights of a step, by who holds them; of several teachers a tuple."""
 
   student: Params
-  teacher: Params | None = None
+  teacher: Weights | None = None
   reference: Params | None = None
 
-  def of(self, role: str) -> Params:
+  def of(self, role: str) -> Weights:
     """The weights behind a role; both student roles share theirs."""
     params = getattr(self, _PLAYER[role])
     if params is None:
       raise ValueError(f"this run has no {role}")
     return params
 
+
+# Log-probabilities over the vocabulary, and the mass outside the shared ids;
+# None for a model that has no other.
+_Distribution = tuple[Float[Array, "B C V"], Float[Array, "B C"] | None]
 
 _PLAYER = {
   "student": "student",
@@ -104,6 +118,9 @@ class Scorer:
   Attributes:
     student: the trained model.
     teacher: the frozen teacher, if there is one.
+    other_teachers: more of them, for the rows of some data sources.
+    routes: with other teachers, by data source: whose its rows are, as an
+      index into (teacher, *other_teachers).
     reference: the frozen reference, if there is one.
     vocab_size: ids shared by all models and the tokenizer. Columns beyond are
       masked in every model before the softmax.
@@ -114,17 +131,24 @@ class Scorer:
 
   student: Model
   teacher: Model | None = None
+  other_teachers: tuple[Model, ...] = ()
+  routes: tuple[int, ...] = ()
   reference: Model | None = None
   vocab_size: int
   temperature: float = 1.0
   chunk_tokens: int = 256
 
   def model(self, role: str) -> Model:
-    """The model behind a role."""
+    """The model behind a role; of several teachers the first."""
     model = getattr(self, _PLAYER[role])
     if model is None:
       raise ValueError(f"this run has no {role}")
     return model
+
+  def models(self, role: str) -> tuple[Model, ...]:
+    """The model behind a role, or all teachers."""
+    others = self.other_teachers if role == "teacher" else ()
+    return (self.model(role), *others)
 
   def in_shard(self) -> "Scorer":
     """The scorer of one shard's rows, under a map over the shards."""
@@ -137,12 +161,11 @@ class Scorer:
       self,
       student=inside(self.student),
       teacher=self.teacher and inside(self.teacher),
+      other_teachers=tuple(map(inside, self.other_teachers)),
       reference=self.reference and inside(self.reference),
     )
 
-  def hidden(
-    self, role: str, params: Params, batch: ScoringBatch
-  ) -> Float[Array, "B T D"]:
+  def hidden(self, role: str, params: Weights, batch: ScoringBatch) -> States:
     """The states that predict each completion token; 0 where no loss is."""
     prompts = batch.prompts
     if role == "student_privileged":
@@ -157,28 +180,42 @@ class Scorer:
     else:
       tokens = jnp.concatenate([prompts.tokens, batch.tokens], axis=1)
       positions, segments = batch.packing.positions, batch.packing.segments
-    states = self.model(role).hidden(params, tokens, positions, segments)
     first = prompts.tokens.shape[1] - 1
-    states = states[:, first : first + batch.tokens.shape[1]]
-    return jnp.where(batch.loss_mask[:, :, None], states, 0)
 
-  def head(self, role: str, params: Params) -> Params:
+    def of_model(model: Model, params: Params) -> Float[Array, "B T D"]:
+      states = model.hidden(params, tokens, positions, segments)
+      states = states[:, first : first + batch.tokens.shape[1]]
+      return jnp.where(batch.loss_mask[:, :, None], states, 0)
+
+    return self._each(role, of_model, params)
+
+  def head(self, role: str, params: Weights) -> Weights:
     """The weights of a role's vocabulary head, gathered for a loop over T.
 
     Spread over the vocabulary alone: a loop over chunks would gather them from
     the other axes again for every chunk.
     """
-    model = self.model(role)
-    return jax.tree.map(
-      lambda leaf: model.layout.constrain(leaf, ("vocab", None)),
-      model.split_head(params)[1],
-    )
+
+    def of_model(model: Model, params: Params) -> Params:
+      return jax.tree.map(
+        lambda leaf: model.layout.constrain(leaf, ("vocab", None)),
+        model.split_head(params)[1],
+      )
+
+    return self._each(role, of_model, params)
+
+  def _each(self, role: str, function: Callable, *parts: Any) -> Any:
+    """A function of the model of a role, or of each of several teachers."""
+    models = self.models(role)
+    if len(models) == 1:
+      return function(models[0], *parts)
+    return tuple(map(function, models, *parts))
 
   def fields(
     self,
     needs: Needs,
-    hidden: Mapping[str, Float[Array, "B T D"]],
-    heads: Mapping[str, Params],
+    hidden: Mapping[str, States],
+    heads: Mapping[str, Weights],
     batch: ScoringBatch,
     measure: Measure | None = None,
   ) -> Found:
@@ -199,7 +236,13 @@ class Scorer:
       states, tokens, mask = part
       pairs = {
         role: self._score(
-          role, requests[role], heads[role], states[role], tokens, mask
+          role,
+          requests[role],
+          heads[role],
+          states[role],
+          tokens,
+          mask,
+          batch.sources,
         )
         for role in hidden
       }
@@ -229,7 +272,7 @@ class Scorer:
     needs: Needs,
     parameters: Parameters,
     batch: ScoringBatch,
-    states: Mapping[str, Float[Array, "B T D"]] | None = None,
+    states: Mapping[str, States] | None = None,
     measure: Measure | None = None,
   ) -> Found:
     """What must be known of some rows before the gradient.
@@ -262,13 +305,17 @@ class Scorer:
     self,
     role: str,
     request: Request,
-    head: Params,
-    states: Float[Array, "B C D"],
+    head: Weights,
+    states: States,
     tokens: Int[Array, "B C"],
     mask: Bool[Array, "B C"],
+    sources: Int[Array, " B"] | None,
   ) -> tuple[ModelScores, dict[str, Float[Array, "B C"]]]:
     """One model's scores of a chunk, as requested, and what the log sees."""
-    logprobs, masked_mass = self._distribution(role, head, states)
+    found = self._each(role, self._distribution, head, states)
+    if len(self.models(role)) > 1:
+      found = self._routed(found, sources)
+    logprobs, masked_mass = found
     columns = jnp.arange(logprobs.shape[-1], dtype=tokens.dtype)
     drawn = columns == tokens[:, :, None]
     token_logprobs = jnp.where(
@@ -288,15 +335,43 @@ class Scorer:
       observed["masked_mass"] = jnp.where(mask, masked_mass, 0.0)
     return scores, jax.lax.stop_gradient(observed)
 
+  def _routed(
+    self, found: Sequence[_Distribution], sources: Int[Array, " B"] | None
+  ) -> _Distribution:
+    """Of the distributions of all teachers, that of each row's own."""
+    if sources is None:
+      raise ValueError("this batch does not say what its rows' teachers are")
+    teacher = jnp.array(self.routes, jnp.int32)[sources]
+
+    def own(parts: Sequence[Float[Array, "B C *V"]]) -> Float[Array, "B C *V"]:
+      chosen = parts[0]
+      for index, part in enumerate(parts[1:], start=1):
+        rows = (teacher == index).reshape(-1, *[1] * (part.ndim - 1))
+        chosen = jnp.where(rows, part, chosen)
+      return chosen
+
+    logprobs, masses = zip(*found, strict=True)
+    if all(mass is None for mass in masses):
+      return own(logprobs), None
+    # A teacher without ids of its own has no mass on them.
+    none = jnp.zeros(logprobs[0].shape[:-1], jnp.float32)
+    return own(logprobs), own(
+      [none if mass is None else mass for mass in masses]
+    )
+
   def _distribution(
-    self, role: str, head: Params, states: Float[Array, "B C D"]
-  ) -> tuple[Float[Array, "B C V"], Float[Array, "B C"] | None]:
+    self, model: Model, head: Params, states: Float[Array, "B C D"]
+  ) -> _Distribution:
     """Log-softmax over the shared ids, and the mass that lay outside them."""
-    model = self.model(role)
     logits = model.logits(head, states) / self.temperature
     width = min(
       player.config.padded_vocab_size
-      for player in (self.student, self.teacher, self.reference)
+      for player in (
+        self.student,
+        self.teacher,
+        *self.other_teachers,
+        self.reference,
+      )
       if player is not None
     )
     shared = logits[..., :width]
@@ -383,5 +458,6 @@ def bundle_scores(
     behavior_logprobs=jnp.where(batch.loss_mask, batch.behavior_logprobs, 0.0),
     group=batch.group,
     start_logprobs=start,
+    rewards=batch.rewards if batch.rewards is not None else ABSENT,
     **{role: scores.get(role, ModelScores()) for role in ROLES},
   )

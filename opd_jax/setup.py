@@ -6,12 +6,13 @@ mesh tried against the models' shapes. What is wrong raises `InputError` here.
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Literal
 
 from jax.sharding import Mesh
 
-from opd_jax import evaluate, objectives, optim, sampling, tokenizer
+from opd_jax import evaluate, objectives, optim, rewards, sampling, tokenizer
 from opd_jax import held_out as held_out_lib
-from opd_jax.config import HeldOutConfig, RunConfig, SftConfig
+from opd_jax.config import HeldOutConfig, ModelSource, RunConfig, SftConfig
 from opd_jax.data import store
 from opd_jax.data.prompts import Prompts
 from opd_jax.data.store import Origin
@@ -21,12 +22,32 @@ from opd_jax.held_out import HeldOut, HeldOutLoss
 from opd_jax.models import Model, ModelConfig, hf
 from opd_jax.objectives.base import Objective
 from opd_jax.replay import Buffer
+from opd_jax.rewards import Rewards
 from opd_jax.scoring import Scorer
 from opd_jax.selector import Selector
 from opd_jax.sharding import DECODE_RULES, TRAIN_RULES, Layout, make_mesh
 from opd_jax.step import Step
 from opd_jax.task import Measurement
 from opd_jax.tokenizer import Difference, Tokenizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DomainTeacher:
+  """A teacher of the rows of some data sources.
+
+  Attributes:
+    role: the same in words.
+    source: its key in the config.
+    model: its architecture.
+    tokenizer: of it.
+    difference: between the student's tokenizer and its.
+  """
+
+  role: str
+  source: ModelSource
+  model: ModelConfig
+  tokenizer: Tokenizer
+  difference: Difference
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,6 +58,8 @@ class Setup:
     config: of the run.
     student: its architecture.
     teacher: its architecture.
+    domain_teachers: the others, in order.
+    routes: by data source: index of its teacher in (teacher, *domain_teachers).
     reference: its architecture, if there is one.
     tokenizer: of the student.
     teacher_tokenizer: of the teacher.
@@ -50,11 +73,15 @@ class Setup:
     teacher_problems: as the teacher is asked, if it is evaluated too.
     objective: what is descended.
     origins: of the stores among the sources, by the names of these.
+    rewards: the host stage of the step, if there is one.
+    mode: of the step.
   """
 
   config: RunConfig
   student: ModelConfig
   teacher: ModelConfig
+  domain_teachers: tuple[DomainTeacher, ...]
+  routes: tuple[int, ...]
   reference: ModelConfig | None
   tokenizer: Tokenizer
   teacher_tokenizer: Tokenizer
@@ -68,6 +95,14 @@ class Setup:
   teacher_problems: Problems | None
   objective: Objective
   origins: Mapping[str, Origin]
+  rewards: Rewards | None
+  mode: Literal["fused", "split"]
+
+  def teacher_tokenizer_of(self, source: str) -> Tokenizer:
+    """Of the teacher that scores the rows of a data source."""
+    number = self.routes[list(self.config.data.sources).index(source)]
+    others = (teacher.tokenizer for teacher in self.domain_teachers)
+    return (self.teacher_tokenizer, *others)[number]
 
 
 def prepare(config: RunConfig) -> Setup:
@@ -85,15 +120,21 @@ def prepare(config: RunConfig) -> Setup:
   _check_updates(config, objective)
   _check_reference(config, objective)
   _check_given(config, objective)
+  _check_reward(config, objective)
+  _check_one_teacher(config)
   models = {}
+  paths = {}
+  others, routes = route(config)
   for role, source in (
     ("student", config.student),
     ("teacher", config.teacher),
+    *others.items(),
     ("reference", config.reference),
   ):
     if source is not None:
       models[role] = hf.read_config(source.path)
       hf.check(source.path, models[role])
+      paths[role] = source.path
   student_tokenizer = tokenizer.load(hf.resolve(config.student.path))
   teacher_tokenizer = tokenizer.load(hf.resolve(config.teacher.path))
   reference_tokenizer = None
@@ -101,6 +142,18 @@ def prepare(config: RunConfig) -> Setup:
     reference_tokenizer = tokenizer.load(hf.resolve(config.reference.path))
   difference = tokenizer.compare(student_tokenizer, teacher_tokenizer)
   origins = _origins(config, student_tokenizer, teacher_tokenizer)
+  domain_teachers = []
+  for role, source in others.items():
+    tokens = tokenizer.load(hf.resolve(source.path))
+    domain_teachers.append(
+      DomainTeacher(
+        role=role,
+        source=source,
+        model=models[role],
+        tokenizer=tokens,
+        difference=tokenizer.compare(student_tokenizer, tokens),
+      )
+    )
   vocab_size = min(
     *(model.vocab_size for model in models.values()),
     student_tokenizer.id_count,
@@ -121,17 +174,34 @@ def prepare(config: RunConfig) -> Setup:
       teacher_vocab_size=models["teacher"].vocab_size,
       completion_tokens=config.sampling.max_new_tokens,
       stop_ids=stop_ids,
+      domain_teachers={
+        name: (
+          domain_teachers[number - 1].tokenizer,
+          domain_teachers[number - 1].model.vocab_size,
+        )
+        for name, number in zip(config.data.sources, routes, strict=True)
+        if number > 0
+      },
+      with_answers=config.reward is not None,
     )
   except InputError as error:
     # An id too large may only be a sign of two tokenizer families.
-    obstacle = tokenizer.explain(
-      student_tokenizer, teacher_tokenizer, difference
-    )
+    for tokens, difference_of, role in (
+      (teacher_tokenizer, difference, "teacher"),
+      *(
+        (each.tokenizer, each.difference, each.role) for each in domain_teachers
+      ),
+    ):
+      obstacle = tokenizer.explain(
+        student_tokenizer, tokens, difference_of, role
+      )
+      if obstacle is not None:
+        break
     if obstacle is None or "tokenizers_differ" in config.preflight.allow:
       raise
     raise InputError(obstacle) from error
   _check_sampling(config, objective, prompts)
-  _check_windows(config, models, prompts)
+  _check_windows(config, models, paths, prompts)
   problems = evaluate.of_run(
     config.eval, config.sampling, student_tokenizer, models["student"]
   )
@@ -148,6 +218,8 @@ def prepare(config: RunConfig) -> Setup:
     config=config,
     student=models["student"],
     teacher=models["teacher"],
+    domain_teachers=tuple(domain_teachers),
+    routes=routes,
     reference=models.get("reference"),
     tokenizer=student_tokenizer,
     teacher_tokenizer=teacher_tokenizer,
@@ -163,7 +235,33 @@ def prepare(config: RunConfig) -> Setup:
     teacher_problems=teacher_problems,
     objective=objective,
     origins=origins,
+    rewards=None
+    if config.reward is None
+    else rewards.prepare(config.reward, student_tokenizer, prompts),
+    mode=config.mode or ("split" if objective.needs.host else "fused"),
   )
+
+
+def route(
+  config: RunConfig,
+) -> tuple[dict[str, ModelSource], tuple[int, ...]]:
+  """The teachers beside `teacher` by role, and whose the rows of a source are.
+
+  A teacher that several sources name is one. An index counts `teacher` as 0.
+  """
+  of_source = {
+    name: config.domain_teachers.get(name, config.teacher)
+    for name in config.data.sources
+  }
+  found = [config.teacher]
+  for source in of_source.values():
+    if source not in found:
+      found.append(source)
+  roles = {}
+  for source in found[1:]:
+    own = [name for name, teacher in of_source.items() if teacher == source]
+    roles[f"teacher of {', '.join(own)}"] = source
+  return roles, tuple(found.index(source) for source in of_source.values())
 
 
 def read_held_out(
@@ -227,7 +325,11 @@ def make_step(setup: Setup, mesh: Mesh | None = None) -> Step:
     setup.student, train, config.student.compute_dtype, config.student.remat
   )
   teacher = Model(setup.teacher, train, config.teacher.compute_dtype)
-  models = {"student": student, "teacher": teacher}
+  others = {
+    other.role: Model(other.model, train, other.source.compute_dtype)
+    for other in setup.domain_teachers
+  }
+  models = {"student": student, "teacher": teacher, **others}
   reference = None
   if setup.reference is not None and config.reference is not None:
     reference = Model(setup.reference, train, config.reference.compute_dtype)
@@ -240,6 +342,8 @@ def make_step(setup: Setup, mesh: Mesh | None = None) -> Step:
   scorer = Scorer(
     student=student,
     teacher=teacher,
+    other_teachers=tuple(others.values()),
+    routes=setup.routes if others else (),
     reference=reference,
     vocab_size=setup.vocab_size,
     temperature=config.sampling.temperature or 1.0,
@@ -273,7 +377,16 @@ def make_step(setup: Setup, mesh: Mesh | None = None) -> Step:
     steps=config.steps,
     seed=config.seed,
     selector=selector,
+    sources=_told_apart(config),
   )
+
+
+def _told_apart(config: RunConfig) -> tuple[str, ...]:
+  """Sources whose rows have metrics of their own; a replayed row has none."""
+  several = len(config.data.sources) > 1
+  if not several or config.rollout.replay_capacity is not None:
+    return ()
+  return tuple(config.data.sources)
 
 
 def _check_supported(objective: Objective) -> None:
@@ -283,10 +396,53 @@ def _check_supported(objective: Objective) -> None:
       f"objective {objective.name} needs student_privileged, which a config "
       "cannot name yet; choose an objective without it"
     )
-  if needs.host:
+
+
+def _check_reward(config: RunConfig, objective: Objective) -> None:
+  """Raises unless there are rewards exactly where they are needed."""
+  needs = objective.needs
+  if needs.rewards and config.reward is None:
     raise InputError(
-      f"objective {objective.name} needs a host stage, and none is registered"
+      f"objective {objective.name} needs rewards, and reward is None; set "
+      'reward.verifier to "number", "exact" or "module:function", and '
+      "data.sources.NAME.answer to what is right"
     )
+  if config.reward is not None and not needs.rewards:
+    raise InputError(
+      f"reward.verifier = {config.reward.verifier!r}, but objective "
+      f"{objective.name} with these options reads no rewards; set reward to "
+      "None, or choose an objective that needs one, such as grpo"
+    )
+  if needs.host and config.mode == "fused":
+    raise InputError(
+      f'mode = "fused", but objective {objective.name} needs the host between '
+      'rollout and update; set mode to None or "split"'
+    )
+  rows = config.batch.rollouts
+  if needs.groups and rows == 1:
+    raise InputError(
+      f"batch.rollouts = {rows}, but objective {objective.name} compares the "
+      "completions of a prompt with each other, and one alone has advantage 0; "
+      "set batch.rollouts to at least 2, such as 8"
+    )
+
+
+def _check_one_teacher(config: RunConfig) -> None:
+  """Raises where several teachers meet what knows of one only."""
+  rollout = config.rollout
+  for key, value, why in (
+    ("teacher_mix", rollout.teacher_mix, "draws from `teacher` in every row"),
+    (
+      "replay_capacity",
+      rollout.replay_capacity,
+      "does not keep whose teacher scores a completion",
+    ),
+  ):
+    if config.domain_teachers and value:
+      raise InputError(
+        f"rollout.{key} = {value} {why}, and domain_teachers names others for "
+        f"{', '.join(config.domain_teachers)}; leave out one of the two"
+      )
 
 
 def _check_updates(config: RunConfig, objective: Objective) -> None:
@@ -392,21 +548,26 @@ def _origins(
 
 
 def _check_windows(
-  config: RunConfig, models: dict[str, ModelConfig], prompts: Prompts
+  config: RunConfig,
+  models: dict[str, ModelConfig],
+  paths: dict[str, str],
+  prompts: Prompts,
 ) -> None:
   """Raises unless the models have positions for prompt and completion."""
   key, completion = "data.max_prompt_tokens", config.sampling.max_new_tokens
   windows = {"student": (key, config.data.max_prompt_tokens)}
   windows |= dict.fromkeys(models, windows["student"])
   if prompts.teacher_window is not None:
-    windows["teacher"] = ("the longest teacher_prompt", prompts.teacher_window)
+    # Every teacher runs over all rows.
+    own = ("the longest teacher_prompt", prompts.teacher_window)
+    windows |= {role: own for role in models if role.startswith("teacher")}
   for role, (name, window) in windows.items():
     positions = models[role].max_positions
     if window + completion > positions:
       raise InputError(
         f"{name} + sampling.max_new_tokens = {window} + {completion} = "
         f"{window + completion} exceeds the {role}'s window of {positions} "
-        f"positions ({getattr(config, role).path}); lower {key} or "
+        f"positions ({paths[role]}); lower {key} or "
         "sampling.max_new_tokens"
       )
 

@@ -204,6 +204,8 @@ class Step(Update):
     if inputs.replay_threshold is not None and filled is not None:
       metrics["replay/threshold"] = inputs.replay_threshold
       metrics["replay/filled"] = filled.astype(jnp.float32)
+    if rollout.rewards is not None:
+      metrics |= reward_metrics(rollout.rewards, self.rollouts)
     if inputs.teacher_prompts is not None:
       metrics["teacher/prompt_length_mean"] = jnp.mean(
         inputs.teacher_prompts.lengths, dtype=jnp.float32
@@ -294,9 +296,9 @@ class Step(Update):
   def scoring_batch(self, rollout: Rollout, inputs: StepInputs) -> ScoringBatch:
     """All tokens carry loss; those drawn have a behavior log-probability."""
     rows = rollout.tokens.shape[0]
-    privileged, teacher_prompts = jax.tree.map(
+    privileged, teacher_prompts, sources = jax.tree.map(
       lambda leaf: jnp.repeat(leaf, self.rollouts, axis=0),
-      (inputs.privileged, inputs.teacher_prompts),
+      (inputs.privileged, inputs.teacher_prompts, inputs.sources),
     )
     return ScoringBatch(
       prompts=rollout.prompts,
@@ -309,6 +311,8 @@ class Step(Update):
       behavior_valid=rollout.sampled_mask,
       behavior_logprobs=rollout.behavior_logprobs,
       group=jnp.arange(rows, dtype=jnp.int32) // self.rollouts,
+      rewards=rollout.rewards,
+      sources=sources,
     )
 
   def _rows(self, batch: PromptBatch) -> PromptBatch:
@@ -367,4 +371,18 @@ def rollout_metrics(rollout: Rollout) -> Metrics:
     "rollout/truncated": jnp.mean(
       rollout.stop_reason == STOP_LENGTH, dtype=jnp.float32
     ),
+  }
+
+
+def reward_metrics(rewards: Float[Array, " B"], rollouts: int) -> Metrics:
+  """Mean and deviation over all completions, and groups that agree.
+
+  A group whose rewards are all equal has no advantage to tell.
+  """
+  groups = rewards.reshape(-1, rollouts)
+  equal = jnp.max(groups, axis=1) == jnp.min(groups, axis=1)
+  return {
+    "reward/mean": jnp.mean(rewards),
+    "reward/std": jnp.std(rewards),
+    "reward/equal_groups": jnp.mean(equal, dtype=jnp.float32),
   }

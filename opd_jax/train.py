@@ -1,6 +1,7 @@
 """On-policy distillation: what a run is made of, and where its loop starts."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,10 +17,11 @@ from opd_jax.config import ModelSource, RunConfig
 from opd_jax.data.prompts import Batch, Tokens
 from opd_jax.evaluate import Accuracy
 from opd_jax.meter import Work
-from opd_jax.models import Model, hf
+from opd_jax.models import Model, ModelConfig, hf
 from opd_jax.programs import Programs
 from opd_jax.replay import Threshold
-from opd_jax.scoring import Scorer
+from opd_jax.rewards import Rewards, completion
+from opd_jax.scoring import Scorer, Weights
 from opd_jax.setup import Setup
 from opd_jax.sharding import Layout
 from opd_jax.step import Step
@@ -81,8 +83,8 @@ class Distillation:
     self._setup = setup
     self._report = report
     self._step = step
-    self._programs = Programs(step, setup.config.mode)
-    self._frozen: dict[str, Params] = {}
+    self._programs = Programs(step, setup.mode)
+    self._frozen: dict[str, Weights] = {}
     self._threshold = None
     if setup.config.rollout.replay_capacity is not None:
       self._threshold = Threshold(setup.config.rollout)
@@ -123,7 +125,10 @@ class Distillation:
     teacher = dataclasses.replace(
       self._step.scorer.model("teacher"), layout=self._step.decoder.layout
     )
-    found = Accuracy(problems, teacher)(self._frozen["teacher"])
+    weights = self._frozen["teacher"]
+    if isinstance(weights, tuple):
+      weights = weights[0]
+    found = Accuracy(problems, teacher)(weights)
     return {
       name.replace("eval/", "teacher/"): value for name, value in found.items()
     }
@@ -133,7 +138,16 @@ class Distillation:
   ) -> tuple[TrainState, Metrics, Rollout]:
     """Rollout, scoring and update on a batch of prompts."""
     inputs = self._inputs(batch)
-    return self._programs(state, self._frozen, inputs)
+    host = None
+    if self._setup.rewards is not None:
+      host = functools.partial(self._judge, self._setup.rewards, batch)
+    return self._programs(state, self._frozen, inputs, host)
+
+  def _judge(self, rewards: Rewards, batch: Batch, rollout: Rollout) -> Rollout:
+    """A rollout with its rewards, in the place of a rollout."""
+    found = rewards(batch, rollout)
+    placed = self.student.layout.place(found, (None,))
+    return dataclasses.replace(rollout, rewards=placed)
 
   def observe(self, step: int, values: Mapping[str, float]) -> None:
     """The held-out loss moves the threshold of the replay buffer.
@@ -173,7 +187,7 @@ class Distillation:
     batch = self.config.batch
     operations = flops.step(
       self._setup.student,
-      (self._setup.teacher,),
+      self._scoring_teachers(),
       prompts=batch.prompts,
       rows=batch.prompts * batch.rollouts,
       prompt_length=record["rollout/prompt_length_mean"],
@@ -186,23 +200,33 @@ class Distillation:
     )
     return Work(tokens=record["rollout/tokens"], operations=operations)
 
+  def _scoring_teachers(self) -> tuple[ModelConfig, ...]:
+    """The teachers that run over every row: all, or none."""
+    setup = self._setup
+    if "teacher" not in setup.objective.frozen_roles():
+      return ()
+    return (setup.teacher, *(other.model for other in setup.domain_teachers))
 
-def load_frozen(config: RunConfig, scorer: Scorer) -> dict[str, Params]:
+
+def load_frozen(config: RunConfig, scorer: Scorer) -> dict[str, Weights]:
   """The weights of the frozen models by role, in their places.
 
-  Two roles of the same checkpoint and dtype hold the same arrays.
+  Those of several teachers are a tuple, in the order of `Scorer.models`. Two
+  models of the same checkpoint and dtype hold the same arrays.
   """
-  sources = {"teacher": config.teacher, "reference": config.reference}
   loaded: dict[ModelSource, Params] = {}
-  frozen = {}
-  for role, source in sources.items():
-    if source is None:
-      continue
+
+  def load(source: ModelSource, model: Model) -> Params:
     if source not in loaded:
-      loaded[source] = hf.load(
-        source.path, scorer.model(role), source.compute_dtype
-      )
-    frozen[role] = loaded[source]
+      loaded[source] = hf.load(source.path, model, source.compute_dtype)
+    return loaded[source]
+
+  others, _ = setup_lib.route(config)
+  teachers = (config.teacher, *others.values())
+  weights = tuple(map(load, teachers, scorer.models("teacher")))
+  frozen: dict[str, Weights] = {"teacher": weights if others else weights[0]}
+  if config.reference is not None:
+    frozen["reference"] = load(config.reference, scorer.model("reference"))
   return frozen
 
 
@@ -215,12 +239,22 @@ def describe(setup: Setup, step: Step) -> Iterator[str]:
     f"parameters), teacher {config.teacher.path} "
     f"({hf.parameter_count(setup.teacher):,})"
   )
+  for other in setup.domain_teachers:
+    yield (
+      f"{other.role}: {other.source.path} ({hf.parameter_count(other.model):,})"
+    )
+  if setup.domain_teachers:
+    yield (
+      f"all {len(setup.domain_teachers) + 1} teachers score all rows; each row "
+      "learns from that of its source"
+    )
   if setup.reference is not None and config.reference is not None:
-    shared = config.reference == config.teacher
+    teachers = (config.teacher, *config.domain_teachers.values())
+    shared = config.reference in teachers
     yield (
       f"reference {config.reference.path} "
       f"({hf.parameter_count(setup.reference):,}"
-      f"{', the weights of the teacher' if shared else ''})"
+      f"{', the weights of a teacher' if shared else ''})"
     )
   yield (
     f"prompts {', '.join(config.data.sources)}: {report.kept} of "
@@ -255,6 +289,7 @@ def describe(setup: Setup, step: Step) -> Iterator[str]:
   ids = {
     "student": setup.student.vocab_size,
     "teacher": setup.teacher.vocab_size,
+    **{other.role: other.model.vocab_size for other in setup.domain_teachers},
   }
   if setup.reference is not None:
     ids["reference"] = setup.reference.vocab_size
@@ -289,7 +324,7 @@ def describe(setup: Setup, step: Step) -> Iterator[str]:
       f"loss on {100 * config.selection.fraction:g} % of the tokens, chosen by "
       f"{config.selection.name}"
     )
-  yield f"{loop.devices(step.scorer.student)}, {config.mode} step"
+  yield f"{loop.devices(step.scorer.student)}, {setup.mode} step"
 
 
 def place_inputs(
@@ -318,6 +353,7 @@ def place_inputs(
     replay_threshold=None
     if threshold is None
     else layout.place(np.asarray(threshold, np.float32), ()),
+    sources=None if batch.sources is None else place(batch.sources),
   )
 
 
@@ -345,6 +381,7 @@ def _abstract_inputs(setup: Setup, layout: Layout) -> StepInputs:
     teacher_prompts=prompts(setup.prompts.teacher_window),
     given=prompts(setup.prompts.given_window),
     replay_threshold=threshold,
+    sources=struct((rows,)) if len(setup.config.data.sources) > 1 else None,
   )
 
 
@@ -352,18 +389,20 @@ def _samples(setup: Setup, rollout: Rollout) -> Sequence[Mapping[str, Any]]:
   """The first completions of the batch as text."""
   count = setup.config.log.samples
   rollout = jax.device_get(rollout)
-  samples = []
+  samples: list[dict[str, Any]] = []
   for row in range(min(count, len(rollout.tokens))):
     length = rollout.prompts.lengths[row]
     prompt = rollout.prompts.tokens[row][:length].tolist()
-    ids = rollout.tokens[row][: rollout.lengths[row]].tolist()
-    samples.append(
-      {
-        "prompt": setup.tokenizer.decode(prompt),
-        "completion": setup.tokenizer.decode_after(prompt, ids),
-        "length": len(ids),
-        "given": len(ids) - int(rollout.sampled_mask[row].sum()),
-        "stopped": bool(rollout.stop_reason[row] == STOP_ID),
-      }
-    )
+    drawn = int(rollout.sampled_mask[row].sum())
+    total = int(rollout.lengths[row])
+    sample: dict[str, Any] = {
+      "prompt": setup.tokenizer.decode(prompt),
+      "completion": completion(setup.tokenizer, rollout, row),
+      "length": total,
+      "given": total - drawn,
+      "stopped": bool(rollout.stop_reason[row] == STOP_ID),
+    }
+    if rollout.rewards is not None:
+      sample["reward"] = float(rollout.rewards[row])
+    samples.append(sample)
   return samples

@@ -52,6 +52,7 @@ class StepInputs:
     given: stored completions of the prompts, of 0 ids where there is none;
       None if this run has none at all.
     replay_threshold: of the step, in [0, 1]; None without a replay buffer.
+    sources: index of each prompt's data source; None where nobody asks.
   """
 
   prompts: PromptBatch
@@ -59,6 +60,7 @@ class StepInputs:
   teacher_prompts: PromptBatch | None = None
   given: PromptBatch | None = None
   replay_threshold: Float[Array, ""] | None = None
+  sources: Int[Array, " P"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -75,6 +77,8 @@ class Rollout:
     behavior_logprobs: nats, under the sampling distribution (temperature and
       filters applied, renormalised); 0 where nothing was drawn.
     stop_reason: `STOP_LENGTH` or `STOP_ID`.
+    rewards: of the host stage's verifier, in [0, 1]; None before it, and where
+      there is none.
   """
 
   prompts: PromptBatch
@@ -83,6 +87,7 @@ class Rollout:
   sampled_mask: Bool[Array, "B T"]
   behavior_logprobs: Float[Array, "B T"]
   stop_reason: Int[Array, " B"]
+  rewards: Float[Array, " B"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -134,6 +139,8 @@ class ScoringBatch:
     group: the prompt's index in the global batch.
     start_logprobs: nats, of the student before the first of several updates on
       these rows; None where this is the first.
+    rewards: of the host stage; None where there is none.
+    sources: index of each row's data source; None where nobody asks.
     packing: of rows that hold several examples each: then prompt and
       completion are one run of slots, cut behind the first; None for rows of
       one prompt and one completion.
@@ -150,6 +157,8 @@ class ScoringBatch:
   behavior_logprobs: Float[Array, "B T"]
   group: Int[Array, " B"]
   start_logprobs: Float[Array, "B T"] | None = None
+  rewards: Float[Array, " B"] | None = None
+  sources: Int[Array, " B"] | None = None
   packing: Packing | None = None
 
 
@@ -184,9 +193,10 @@ class Scores:
     behavior_logprobs: nats, under the distribution that drew the token.
     group: the prompt's index in the global batch; rows of a group are
       rollouts of one prompt.
+    rewards: of each completion, in [0, 1], by the run's verifier.
     student: the student after the plain prompt.
     student_privileged: the student after the second, privileged prompt.
-    teacher: the frozen teacher.
+    teacher: the frozen teacher; of several, that of the row's source.
     reference: the frozen reference.
     start_logprobs: nats of the completion token, of the student at the start
       of the step's updates, as it is scored: unlike the behavior, without
@@ -199,6 +209,7 @@ class Scores:
   behavior_valid: Bool[Array, "B T"]
   behavior_logprobs: Float[Array, "B T"]
   group: Int[Array, " B"]
+  rewards: Float[Array, " B"] = ABSENT
   student: ModelScores
   student_privileged: ModelScores
   teacher: ModelScores

@@ -21,7 +21,7 @@ from opd_jax.objectives import reduce
 from opd_jax.objectives.base import Objective, Schedule
 from opd_jax.optim import state_shardings
 from opd_jax.replay import Buffer
-from opd_jax.scoring import Found, Parameters, Scorer, bundle_scores
+from opd_jax.scoring import Found, Parameters, Scorer, Weights, bundle_scores
 from opd_jax.selector import Selector
 from opd_jax.types import (
   Params,
@@ -30,7 +30,7 @@ from opd_jax.types import (
 )
 
 Metrics = Mapping[str, Float[Array, ""]]
-Frozen = Mapping[str, Params]
+Frozen = Mapping[str, Weights]
 
 # Folded into the key of a step for the objective and for the selector; the
 # sampler folds in rows, `step.py` another for what is given.
@@ -64,6 +64,7 @@ class Update:
     seed: of every draw.
     selector: chooses the tokens that carry loss; None for all.
     replay: the buffer of completions to be trained on again, if there is one.
+    sources: names of the data sources, where rows say what theirs is.
   """
 
   scorer: Scorer
@@ -75,6 +76,7 @@ class Update:
   seed: int
   selector: Selector | None = None
   replay: Buffer | None = None
+  sources: tuple[str, ...] = ()
 
   def init_state(self, params: Params) -> TrainState:
     """The state before the first step."""
@@ -180,7 +182,7 @@ class Update:
     )
     now = state.step if turn is None else state.step + turn.progress
     metrics = {
-      **step_metrics(evaluation, batch, pure_sampling),
+      **step_metrics(evaluation, batch, pure_sampling, self.sources),
       "optimizer/grad_norm": optax.tree.norm(evaluation.gradients),
       "optimizer/learning_rate": jnp.asarray(
         self.learning_rate(now), jnp.float32
@@ -351,7 +353,10 @@ def drift_metrics(evaluation: Evaluation, batch: ScoringBatch) -> Metrics:
 
 
 def step_metrics(
-  evaluation: Evaluation, batch: ScoringBatch, pure_sampling: bool
+  evaluation: Evaluation,
+  batch: ScoringBatch,
+  pure_sampling: bool,
+  sources: tuple[str, ...] = (),
 ) -> Metrics:
   """What a step tells, from before its update; means run over loss tokens.
 
@@ -363,7 +368,8 @@ def step_metrics(
   KL(student || teacher) in nats; `mismatch` compares the log-probabilities of
   the sampler and of the scoring forward of the same weights. Both mean this
   only where the tokens are drawn from the student's whole distribution
-  (`pure_sampling`), and are left out elsewhere.
+  (`pure_sampling`), and are left out elsewhere. `teacher/kl/NAME` is of the
+  rows of a source alone, and NaN in a step that has none.
   """
   mask = batch.loss_mask
   count = jnp.maximum(jnp.sum(mask, dtype=jnp.float32), 1.0)
@@ -394,6 +400,10 @@ def step_metrics(
     metrics["mismatch/max"] = jnp.max(gap)
     teacher = evaluation.observed.get("teacher")
     if teacher is not None:
-      kl = jnp.where(valid, student["logprobs"] - teacher["logprobs"], 0.0)
-      metrics["teacher/kl"] = jnp.sum(kl) / valid_count
+      gap = jnp.where(valid, student["logprobs"] - teacher["logprobs"], 0.0)
+      metrics["teacher/kl"] = jnp.sum(gap) / valid_count
+      if batch.sources is not None:
+        for index, name in enumerate(sources):
+          own = valid & (batch.sources == index)[:, None]
+          metrics[f"teacher/kl/{name}"] = jnp.mean(gap, where=own)
   return metrics

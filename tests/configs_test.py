@@ -114,6 +114,8 @@ def test_config_parses_and_its_mesh_divides_its_models(name, shared_data):
     config=config,
     student=student,
     teacher=teacher,
+    domain_teachers=(),
+    routes=(0,),
     reference=None,
     vocab_size=min(student.vocab_size, teacher.vocab_size),
     stop_ids=(),

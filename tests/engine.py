@@ -67,6 +67,7 @@ def objective_of(name):
   options = {"gkd_jsd": {"name": "gkd", "beta": 0.3}}
   options["gkd_top_k"] = {"name": "gkd", "support": "union", "top_k": 8}
   options["opd_k1_discount"] = {"name": "opd_k1", "discount": 0.7}
+  options["grpo_kl"] = {"name": "grpo", "kl": 0.5, "dual_clip": 3.0}
   options["aopd"] = {"name": "aopd", "top_k": 5}
   options["tropd"] = {"name": "tropd", "top_k": 5}
   options["minillm"] = {"name": "minillm", "clip": 0.9}
@@ -90,6 +91,8 @@ OBJECTIVES = (
   "aopd",
   "tropd",
   "constant_negative_advantage",
+  "grpo",
+  "grpo_kl",
   *toys.TOYS,
 )
 
@@ -146,6 +149,12 @@ def make_state(step):
   if step.scorer.reference is not None:
     frozen["reference"] = init(step.scorer.reference, 2)
   return state, frozen
+
+
+def judged(rollout):
+  """A rollout with rewards in {0, 1/2, 1}, as a host stage might give."""
+  rewards = jnp.sum(rollout.tokens, axis=1) % 3 / 2
+  return dataclasses.replace(rollout, rewards=rewards.astype(jnp.float32))
 
 
 def make_inputs(privileged=True):

@@ -28,7 +28,14 @@ CORE = PARTS | {
   "step",
   "programs",
 }
-MEASURES = {"held_out", "verifiers", "estimates", "generate", "evaluate"}
+MEASURES = {
+  "held_out",
+  "verifiers",
+  "estimates",
+  "generate",
+  "evaluate",
+  "rewards",
+}
 TOOLS = {"flops", "checkpoint", "metrics", "export", "meter", "summary"}
 RUN = CORE | MEASURES | TOOLS | {"task", "interrupts", "loop"}
 
@@ -65,6 +72,7 @@ ALLOWED = {
   "held_out": CORE,
   "generate": PARTS,
   "evaluate": PARTS | {"verifiers", "estimates", "generate"},
+  "rewards": BASE | TEXT | {"verifiers"},
   #
   "flops": {"models"},
   "checkpoint": CORE,

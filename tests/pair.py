@@ -37,13 +37,13 @@ def write_tokenizer(folder, characters=string.ascii_lowercase + " .,"):
   return len(tokens)
 
 
-def write_model(folder, *, layers, seed, vocab_size):
+def write_model(folder, *, layers, seed, vocab_size, width=16):
   """Random weights large enough that rows differ from each other."""
   config = ModelConfig.from_hf(
     {
       "model_type": "llama",
       "vocab_size": vocab_size,
-      "hidden_size": 16,
+      "hidden_size": width,
       "intermediate_size": 24,
       "num_hidden_layers": layers,
       "num_attention_heads": 4,

@@ -155,3 +155,44 @@ def test_two_processes_stop_together_resume_and_equal_one(
   again = load_file(workdir / "export" / "model.safetensors")
   for name, expected in weights[1].items():
     np.testing.assert_array_equal(again[name], expected)
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_same_rewards(monkeypatch, tmp_path):
+  """Each verifies all completions; the run is that of one process."""
+  folder = pair.write_pair(tmp_path)
+  values = pair.config_of(
+    folder,
+    steps=2,
+    held_out={},
+    objective={"name": "grpo"},
+    reward={"verifier": "tests.rewards_test:begins"},
+  )
+  values["data"]["sources"]["texts"]["answer"] = "{text}"
+  (folder / "config.json").write_text(json.dumps(values))
+  (folder / "config.py").write_text(CONFIG)
+  with monkeypatch.context() as patch:
+    patch.setattr(
+      setup, "make_mesh", lambda sizes: make_mesh({}, jax.devices()[:1])
+    )
+    train(parse(RunConfig, values), tmp_path / "one")
+  results = _finish(
+    _start(folder, tmp_path / "two", "mesh.fsdp=2", "mesh.tensor=2")
+  )
+  assert [result[0] for result in results] == [0, 0], results
+  one, two = (
+    [
+      json.loads(line)["reward/mean"]
+      for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+      if "train/loss" in line
+    ]
+    for name in ("one", "two")
+  )
+  assert one == two
+  assert 0 < min(one) < 1
+  weights = [
+    load_file(tmp_path / name / "export" / "model.safetensors")
+    for name in ("one", "two")
+  ]
+  for name, expected in weights[0].items():
+    np.testing.assert_allclose(weights[1][name], expected, atol=1e-4)

@@ -27,7 +27,7 @@ def _case():
   state, frozen = engine.make_state(step)
   inputs = engine.make_inputs()
   rollout = jax.jit(step.rollout)(state.params, frozen, state.step, inputs)
-  return state, frozen, inputs, rollout
+  return state, frozen, inputs, engine.judged(rollout)
 
 
 def _state_of(step):
@@ -87,6 +87,8 @@ def _naive_loss(step, params, frozen, batch, state):
     batch.behavior_logprobs,
     state=state.objective,
     at=step.schedule(state.step),
+    group=batch.group,
+    rewards=batch.rewards,
   )[0]
 
 
@@ -215,6 +217,7 @@ def test_the_reference_is_read():
     ("reopold_refining", 2),
     ("exopd", 2),
     ("constant_negative_advantage", 1),
+    ("grpo_kl", 2),
     ("aopd", 2),
     ("tropd", 2),
   ],

@@ -14,6 +14,7 @@ from opd_jax.config.data import (
 from opd_jax.config.measure import (
   EvalConfig,
   HeldOutConfig,
+  RewardConfig,
 )
 from opd_jax.config.rollout import RolloutConfig
 from opd_jax.config.run import (
@@ -47,6 +48,7 @@ __all__ = [
   "OptimizerConfig",
   "PackedBatchConfig",
   "PreflightConfig",
+  "RewardConfig",
   "RolloutConfig",
   "RunConfig",
   "SamplingConfig",

@@ -70,7 +70,8 @@ class SourceConfig:
       an end-of-sequence id is put behind it.
     given: the path is a store of the teacher's completions (`generate
       --out=FILE.parquet`), which `rollout` may use in place of the student's.
-    answer: for evaluation, the text handed to the verifier, likewise.
+    answer: for evaluation and rewards, the text handed to the verifier,
+      likewise.
   """
 
   path: str

@@ -1,4 +1,4 @@
-"""Keys of what is measured beside the steps: held-out loss, accuracy."""
+"""Keys of what is measured: rewards, held-out loss, accuracy."""
 
 import dataclasses
 
@@ -44,6 +44,19 @@ class HeldOutConfig:
       self.max_tokens >= 2,
       f"held_out.max_tokens must be >= 2, got {self.max_tokens}",
     )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+  """The reward of a completion: what a verifier says of it.
+
+  The right answer is `answer` of the prompt's source.
+
+  Attributes:
+    verifier: "exact", "number", or "module:function" of your own.
+  """
+
+  verifier: str = "number"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from opd_jax.config.checks import require
 from opd_jax.config.data import DataConfig, SftDataConfig
-from opd_jax.config.measure import EvalConfig, HeldOutConfig
+from opd_jax.config.measure import EvalConfig, HeldOutConfig, RewardConfig
 from opd_jax.config.rollout import RolloutConfig
 from opd_jax.config.selection import SelectionConfig
 from opd_jax.config.step import (
@@ -94,13 +94,16 @@ class RunConfig:
 
   Attributes:
     student: is trained; float32 master weights, exported at the end.
-    teacher: frozen.
+    teacher: frozen; scores the rows of all sources without one of their own.
+    domain_teachers: by the name of a data source: the teacher of its rows.
     reference: a second frozen model, for the objectives that need one, and None
       for the others.
     data: the prompts.
     sampling: how the student draws.
     rollout: who writes the completions.
     batch: rows per step, and updates.
+    reward: what is right, for the objectives that learn from it, and None for
+      the others.
     objective: `name` of an objective, and its own options.
     selection: which tokens carry loss; None for all.
     optimizer: how the gradient is applied.
@@ -114,16 +117,21 @@ class RunConfig:
       `batch` asks for several per rollout batch.
     seed: of the data order and of every draw.
     mode: "fused" runs rollout, scoring and update as one program; "split" as
-      two with the host between them. Tokens and weights are the same.
+      two with the host between them. Tokens and weights are the same. None
+      takes "fused", or "split" for an objective that needs the host.
   """
 
   student: TrainedModelSource
   teacher: ModelSource
+  domain_teachers: Mapping[str, ModelSource] = dataclasses.field(
+    default_factory=dict
+  )
   reference: ModelSource | None = None
   data: DataConfig
   sampling: SamplingConfig = SamplingConfig()
   rollout: RolloutConfig = RolloutConfig()
   batch: BatchConfig = BatchConfig()
+  reward: RewardConfig | None = None
   objective: Mapping[str, Any]
   selection: SelectionConfig | None = None
   optimizer: OptimizerConfig = OptimizerConfig()
@@ -135,7 +143,7 @@ class RunConfig:
   log: LogConfig = LogConfig()
   steps: int
   seed: int = 0
-  mode: Literal["fused", "split"] = "fused"
+  mode: Literal["fused", "split"] | None = None
 
   def __post_init__(self):
     require(self.steps >= 1, f"steps must be >= 1, got {self.steps}")
@@ -152,6 +160,22 @@ class RunConfig:
       isinstance(self.objective.get("name"), str),
       "objective.name must name an objective, got "
       f"{self.objective.get('name')!r}",
+    )
+    names = list(self.data.sources)
+    for name in self.domain_teachers:
+      require(
+        name in names,
+        f"domain_teachers.{name} is for the rows of data.sources.{name}, which "
+        f"there is not; the sources are {', '.join(names)}",
+      )
+    require(
+      any(
+        self.domain_teachers.get(name, self.teacher) == self.teacher
+        for name in names
+      ),
+      f"teacher.path = {self.teacher.path!r} would score no row: "
+      "domain_teachers has another one for every source; make teacher one of "
+      "them, whose own entry may then be left out",
     )
 
 

@@ -5,6 +5,7 @@ counts and lengths are known before any device work, and makes the same batches.
 Arrays are numpy's.
 """
 
+import bisect
 import dataclasses
 import hashlib
 import itertools
@@ -69,14 +70,19 @@ class Batch(Tokens):
 
   Attributes:
     rows: index of each prompt's row, counted over all sources in order.
+    sources: index of each prompt's source, in the order of `data.sources`; None
+      if there is one only.
     teacher: what the teacher reads instead; None if it reads the same ids.
     given: stored completions, of length 0 for a row without one; None if no
       source is `given`.
+    answers: of the rows; empty where nobody asks for them.
   """
 
   rows: tuple[int, ...]
+  sources: Int[np.ndarray, " n"] | None = None
   teacher: Tokens | None = None
   given: Tokens | None = None
+  answers: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,11 +110,15 @@ class Example:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Ids:
-  """The ids of a row as both models read them, and those that are given."""
+  """The ids of a row as both models read them, and those that are given.
+
+  `answer` is None where nobody asks for it.
+  """
 
   student: np.ndarray
   teacher: np.ndarray
   given: np.ndarray
+  answer: str | None
 
 
 class Prompts(Iterator[Batch]):
@@ -139,6 +149,8 @@ class Prompts(Iterator[Batch]):
     teacher_vocab_size: int | None = None,
     completion_tokens: int = 0,
     stop_ids: Sequence[int] = (),
+    domain_teachers: Mapping[str, tuple[Tokenizer, int]] | None = None,
+    with_answers: bool = False,
   ):
     """Reads and tokenises all sources.
 
@@ -152,29 +164,39 @@ class Prompts(Iterator[Batch]):
       teacher_vocab_size: ids that the teacher has; None for `vocab_size`.
       completion_tokens: T, slots of a given completion.
       stop_ids: that end one.
+      domain_teachers: tokenizer and ids of the teachers of some sources.
+      with_answers: batches hold the answers of their rows.
 
     Raises:
-      InputError: bad source, a prompt too long where `overlong` is "error", an
-        id that a model does not have, a given completion that does not belong
-        to its prompt, or no prompt left.
+      InputError: bad source, a row without its answer, a prompt too long where
+        `overlong` is "error", an id that a model does not have, a given
+        completion that does not belong to its prompt, or no prompt left.
     """
     self._config = config
-    self._tokenizers = (tokenizer, teacher)
+    self._tokenizer = tokenizer
     self._stop_ids = tuple(stop_ids)
+    if teacher_vocab_size is None:
+      teacher_vocab_size = vocab_size
+    default = (teacher, teacher_vocab_size)
+    self._teachers = dict.fromkeys(config.sources, default)
+    self._teachers |= domain_teachers or {}
     self._window = config.max_prompt_tokens
     self._rows: dict[int, _Ids] = {}
     self.reports: dict[str, PromptReport] = {}
     rows_of = {}
     first = 0
+    self._firsts: list[int] = []
     for name in config.sources:
       kept, report = _prepare(
         config,
         self._examples(name),
         vocab_size,
-        vocab_size if teacher_vocab_size is None else teacher_vocab_size,
+        self._teachers[name][1],
         completion_tokens,
+        config.sources[name].answer if with_answers else None,
       )
       self.reports[name] = report
+      self._firsts.append(first)
       rows_of[name] = [first + index for index in kept]
       self._rows |= {first + index: ids for index, ids in kept.items()}
       first += report.rows
@@ -206,13 +228,30 @@ class Prompts(Iterator[Batch]):
       teacher = _pad([one.teacher for one in ids], self.teacher_window)
     if self.given_window is not None:
       given = _pad([one.given for one in ids], self.given_window)
+    numbers = None
+    if len(self._config.sources) > 1:
+      numbers = np.array([self._source_of(row) for row in rows], np.int32)
     return Batch(
       tokens=student.tokens,
       lengths=student.lengths,
       rows=rows,
+      sources=numbers,
       teacher=teacher,
       given=given,
+      answers=tuple(one.answer for one in ids if one.answer is not None),
     )
+
+  def where(self, row: int) -> str:
+    """A row, by its index over all sources, in words."""
+    number = self._source_of(row)
+    source = list(self._config.sources.values())[number]
+    return sources.where(source, row - self._firsts[number])
+
+  def answers(self) -> Iterator[tuple[int, str]]:
+    """Index over all sources and answer of every row that is used."""
+    for row, one in self._rows.items():
+      if one.answer is not None:
+        yield row, one.answer
 
   def examples(self, count: int | None = None) -> list[Example]:
     """The first rows of every source and their prompts; None for all rows.
@@ -243,9 +282,12 @@ class Prompts(Iterator[Batch]):
       )
     self._batches.set_state(state["order"])
 
+  def _source_of(self, row: int) -> int:
+    return bisect.bisect_right(self._firsts, row) - 1
+
   def _examples(self, name: str) -> Iterator[Example]:
     source = self._config.sources[name]
-    tokenizer, teacher_tokenizer = self._tokenizers
+    teacher_tokenizer, _ = self._teachers[name]
     for index, row in enumerate(sources.read(source)):
       where = sources.where(source, index)
       teacher = None
@@ -255,7 +297,7 @@ class Prompts(Iterator[Batch]):
         teacher = templates.prompt(
           source.teacher_prompt, row, teacher_tokenizer, where
         )
-      student = templates.prompt(source.prompt, row, tokenizer, where)
+      student = templates.prompt(source.prompt, row, self._tokenizer, where)
       given = None
       if source.given:
         given = store.given_ids(row, student.ids, self._stop_ids, where)
@@ -276,6 +318,7 @@ def _prepare(
   vocab_size: int,
   teacher_vocab_size: int,
   completion_tokens: int,
+  answer: str | None,
 ) -> tuple[dict[int, _Ids], PromptReport]:
   """Ids of a source that are used, by row, and the counts."""
   window = config.max_prompt_tokens
@@ -307,6 +350,9 @@ def _prepare(
       if example.teacher
       else ids,
       given=np.asarray(given[:completion_tokens], np.int32),
+      answer=None
+      if answer is None
+      else templates.fill(answer, example.row, example.where),
     )
   dropped = overlong if config.overlong == "drop" else 0
   lengths = [len(ids.student) for ids in kept.values()]
@@ -382,4 +428,6 @@ def _digest(rows: Mapping[int, _Ids]) -> str:
     for ids in (of_row.student, of_row.teacher, of_row.given):
       digest.update(np.array([row, len(ids)], "<i4").tobytes())
       digest.update(ids.astype("<i4").tobytes())
+    if of_row.answer is not None:
+      digest.update(of_row.answer.encode())
   return digest.hexdigest()[:16]

@@ -86,7 +86,8 @@ class Needs:
     teacher: the frozen teacher.
     reference: the frozen reference.
     whole_rows: hand over all of T at once; excludes `vocab_logprobs`.
-    host: a host stage must run between rollout and scoring.
+    rewards: of the completions, by the verifier of the run's host stage.
+    groups: completions of a prompt are compared: at least two of each.
     pure_sampling: there is no correction for how the tokens are drawn, which
       must be from the student's whole distribution, without filters.
     start: the student's log-probabilities before the first update of the step.
@@ -104,7 +105,8 @@ class Needs:
   teacher: Request = Request()
   reference: Request = Request()
   whole_rows: bool = False
-  host: bool = False
+  rewards: bool = False
+  groups: bool = False
   pure_sampling: bool = False
   start: bool = False
   single_update: bool = False
@@ -117,6 +119,11 @@ class Needs:
         f"whole_rows and vocab_logprobs (of {', '.join(wide)}) exclude each "
         "other: whole distributions exist for a chunk of T at a time only"
       )
+
+  @property
+  def host(self) -> bool:
+    """Whether a host stage must run between rollout and scoring."""
+    return self.rewards
 
   def roles(self) -> tuple[str, ...]:
     """The roles something is asked of."""
@@ -285,6 +292,11 @@ class Objective:
       self.check_vocabulary_fn(self.config, vocab_size)
     except InputError as error:
       raise InputError(f"objective {self.name}: {error}") from error
+
+  def frozen_roles(self) -> tuple[str, ...]:
+    """The frozen models that a step runs."""
+    read = {*self.prepare_needs.roles(), *self.needs.roles()}
+    return tuple(role for role in ("teacher", "reference") if role in read)
 
   def starting_here(self) -> "Objective":
     """This objective on rows whose student has not moved yet."""

@@ -59,14 +59,13 @@ def inspect(setup: Setup) -> Section:
 
 
 def _other_writers(setup: Setup) -> Iterator[Finding]:
-  """Stores that the weights of this run's teacher have not written."""
-  teacher = setup.config.teacher.path
-  if not setup.origins:
-    return
-  weights = hf.fingerprint(teacher)
+  """Stores that the teacher of their rows has not written."""
+  config = setup.config
   for name, origin in setup.origins.items():
+    teacher = config.domain_teachers.get(name, config.teacher).path
+    weights = hf.fingerprint(teacher)
     if origin.weights != weights:
-      path = setup.config.data.sources[name].path
+      path = config.data.sources[name].path
       yield Finding(
         name="store_of_another_model",
         message=(

@@ -15,7 +15,11 @@ def inspect(setup: Setup, step: Step) -> Section:
     setup.config.data.max_prompt_tokens,
     setup.prompts.teacher_window,
     _evaluation(setup, step),
-    same_weights=setup.config.reference == setup.config.teacher,
+    same_weights=setup.config.reference
+    in (
+      setup.config.teacher,
+      *(other.source for other in setup.domain_teachers),
+    ),
   )
   rows = [
     (

@@ -74,7 +74,7 @@ def boundary(
   """
   rows = [("position", "student", "position", "teacher", "")]
   prompts = (example.student.ids, example.teacher_ids)
-  tokens = (setup.tokenizer, setup.teacher_tokenizer)
+  tokens = (setup.tokenizer, setup.teacher_tokenizer_of(example.source))
   for back in range(min(_EDGE, *map(len, prompts)), 0, -1):
     ours, theirs = (ids[-back] for ids in prompts)
     rows.append(
@@ -120,7 +120,8 @@ def side_by_side(setup: Setup, example: Rendered) -> Iterator[str]:
   if other is None:
     yield "(its own tokenizer has no such chat template)"
     return
-  other_text = decode(setup.teacher_tokenizer, other.ids)
+  theirs = setup.teacher_tokenizer_of(example.source)
+  other_text = decode(theirs, other.ids)
   slot = first_difference(ours, other.ids)
   if slot is None:
     yield "(its own tokenizer and template give the same)"
@@ -136,7 +137,7 @@ def side_by_side(setup: Setup, example: Rendered) -> Iterator[str]:
     token(tokens, ids[slot]) if slot < len(ids) else "the end"
     for tokens, ids in (
       (setup.tokenizer, ours),
-      (setup.teacher_tokenizer, other.ids),
+      (theirs, other.ids),
     )
   ]
   yield f"first difference in the ids, at {slot}: {shown[0]} / {shown[1]}"
@@ -164,7 +165,7 @@ def _is_used(setup: Setup, example: Example) -> bool:
 def _render(setup: Setup, example: Example) -> Rendered:
   window = setup.config.data.max_prompt_tokens
   config = setup.config.data.sources[example.source].prompt
-  theirs = setup.teacher_tokenizer
+  theirs = setup.teacher_tokenizer_of(example.source)
 
   def cut(prompt: Prompt) -> Prompt:
     return dataclasses.replace(prompt, ids=prompt.ids[-window:])

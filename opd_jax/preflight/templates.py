@@ -58,7 +58,7 @@ def _bos(setup: Setup, example: Rendered) -> Iterator[Finding]:
   begins = {}
   for role, tokens, prompt in (
     ("student", setup.tokenizer, example.student),
-    ("teacher", setup.teacher_tokenizer, example.other),
+    ("teacher", setup.teacher_tokenizer_of(example.source), example.other),
   ):
     bos = dict(tokens.special_ids)["bos"]
     if prompt is None:
@@ -139,9 +139,8 @@ def _other_text(
   if config.chat:
     changed = dataclasses.replace(config, thinking=thinking)
     with contextlib.suppress(InputError):
-      return templates.prompt(
-        changed, example.row, setup.teacher_tokenizer, example.where
-      ).text
+      tokens = setup.teacher_tokenizer_of(example.source)
+      return templates.prompt(changed, example.row, tokens, example.where).text
   return "" if example.teacher is None else example.teacher.text
 
 

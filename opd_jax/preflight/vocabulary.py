@@ -7,7 +7,7 @@ from opd_jax import tokenizer as tokenizer_lib
 from opd_jax.models import ModelConfig, hf
 from opd_jax.preflight.report import Finding, Section, table
 from opd_jax.setup import Setup
-from opd_jax.tokenizer import Tokenizer
+from opd_jax.tokenizer import Difference, Tokenizer
 
 
 def inspect(setup: Setup) -> Section:
@@ -34,10 +34,10 @@ def inspect(setup: Setup) -> Section:
     ),
     ("stop ids", *(_shown(each, each.stop_ids) for each in tokenizers)),
   ]
-  difference = setup.difference
+  differing = max(difference.ids for *_, difference in _teachers(setup))
   lines = (
     *table(rows),
-    f"shared ids: {setup.vocab_size:,}; {difference.ids:,} of them differ",
+    f"shared ids: {setup.vocab_size:,}; {differing:,} of them differ",
     f"a completion ends at {_shown(setup.tokenizer, setup.stop_ids)}",
   )
   return Section(
@@ -45,7 +45,7 @@ def inspect(setup: Setup) -> Section:
     lines=lines,
     figures={
       "shared_ids": setup.vocab_size,
-      "differing_ids": difference.ids,
+      "differing_ids": differing,
       "stop_ids": list(setup.stop_ids),
       **{
         f"{role}_{name}": value
@@ -67,17 +67,36 @@ def _models(setup: Setup) -> list[tuple[str, Tokenizer, ModelConfig]]:
   models = [
     ("student", setup.tokenizer, setup.student),
     ("teacher", setup.teacher_tokenizer, setup.teacher),
+    *(
+      (other.role, other.tokenizer, other.model)
+      for other in setup.domain_teachers
+    ),
   ]
   if setup.reference is not None and setup.reference_tokenizer is not None:
     models.append(("reference", setup.reference_tokenizer, setup.reference))
   return models
 
 
+def _teachers(
+  setup: Setup,
+) -> list[tuple[str, Tokenizer, ModelConfig, Difference]]:
+  """Role, tokenizer, architecture and how its ids differ from the student's."""
+  first = setup.teacher_tokenizer, setup.teacher, setup.difference
+  return [
+    ("teacher", *first),
+    *(
+      (other.role, other.tokenizer, other.model, other.difference)
+      for other in setup.domain_teachers
+    ),
+  ]
+
+
 def _of_tokenizers(setup: Setup) -> Iterator[Finding]:
-  student, teacher = setup.tokenizer, setup.teacher_tokenizer
-  obstacle = tokenizer_lib.explain(student, teacher, setup.difference)
-  if obstacle is not None:
-    yield Finding(name="tokenizers_differ", message=obstacle)
+  student = setup.tokenizer
+  for role, tokens, _, difference in _teachers(setup):
+    obstacle = tokenizer_lib.explain(student, tokens, difference, role)
+    if obstacle is not None:
+      yield Finding(name="tokenizers_differ", message=obstacle)
   reference = setup.reference_tokenizer
   if reference is not None:
     difference = tokenizer_lib.compare(student, reference)
@@ -96,26 +115,29 @@ def _of_tokenizers(setup: Setup) -> Iterator[Finding]:
           "belongs to the checkpoint, or resize the model's embedding"
         ),
       )
-  if student.id_count > setup.teacher.vocab_size:
-    first = setup.teacher.vocab_size
-    yield Finding(
-      name="ids_without_teacher",
-      message=(
-        f"ids {first} to {student.id_count - 1} of the student (the first is "
-        f"{student.vocabulary.get(first)!r}) have no row in the teacher's "
-        f"{first:,}: they are never drawn, and a prompt that holds one is "
-        "refused; leave those tokens out of prompts, or choose another teacher"
-      ),
-    )
-  if setup.difference.special_ids:
+  for role, _, model, difference in _teachers(setup):
+    first = model.vocab_size
+    if student.id_count > first:
+      yield Finding(
+        name="ids_without_teacher",
+        message=(
+          f"ids {first} to {student.id_count - 1} of the student (the first is "
+          f"{student.vocabulary.get(first)!r}) have no row in the {role}'s "
+          f"{first:,}: they are never drawn, and a prompt that holds one is "
+          "refused; leave those tokens out of prompts, or choose another "
+          "teacher"
+        ),
+      )
+    if not difference.special_ids:
+      continue
     told = ", ".join(
       f"{name} {ours} / {theirs}"
-      for name, ours, theirs in setup.difference.special_ids
+      for name, ours, theirs in difference.special_ids
     )
     yield Finding(
       name="special_ids_differ",
       message=(
-        f"student / teacher: {told}; usual between a base model and its chat "
+        f"student / {role}: {told}; usual between a base model and its chat "
         "version: make sure that prompts and sampling.stop_ids are those of "
         "the kind of text both should write"
       ),
@@ -123,8 +145,7 @@ def _of_tokenizers(setup: Setup) -> Iterator[Finding]:
 
 
 def _of_stop_ids(setup: Setup) -> Iterator[Finding]:
-  student, teacher = setup.tokenizer, setup.teacher_tokenizer
-  config = setup.config
+  student, config = setup.tokenizer, setup.config
   chosen = config.sampling.stop_ids
   if not setup.stop_ids and chosen is None:
     yield Finding(
@@ -136,12 +157,14 @@ def _of_stop_ids(setup: Setup) -> Iterator[Finding]:
         "sampling.stop_ids, or set it to () if that is meant"
       ),
     )
-  if set(student.stop_ids) != set(teacher.stop_ids):
+  for role, teacher, _, _ in _teachers(setup):
+    if set(student.stop_ids) == set(teacher.stop_ids):
+      continue
     yield Finding(
       name="stop_ids_differ",
       message=(
         f"the student stops at {_shown(student, student.stop_ids)}, the "
-        f"teacher at {_shown(teacher, teacher.stop_ids)}: where they differ, "
+        f"{role} at {_shown(teacher, teacher.stop_ids)}: where they differ, "
         "the teacher finds the student's end unlikely; name the right ids in "
         "sampling.stop_ids, or choose a teacher of the same kind"
       ),

@@ -108,6 +108,7 @@ class Case:
     teacher_mix: the teacher's weight in a mixture that draws the tokens.
     reduction: "sum" makes the loss of a completion the sum over its tokens;
       None for an objective without this option.
+    rollouts: completions of the prompt that are enumerated together.
   """
 
   claim: Callable[[World, Any], Any]
@@ -116,6 +117,7 @@ class Case:
   moved: bool = False
   teacher_mix: float = 0.0
   reduction: str | None = "sum"
+  rollouts: int = 1
 
   def create(self, name):
     options = {"name": name, **self.options}
@@ -294,6 +296,35 @@ PLAIN = {
   "whiten": False,
   "clip": 0.999,
 }
+# Of each completion, by a verifier that gives any score in [0, 1].
+REWARDS = np.random.default_rng(11).uniform(size=len(COMPLETIONS))
+
+
+def less_reward(scale):
+  """-scale E_student[reward] of whole completions."""
+
+  def claim(world, student):
+    logprobs = jax.nn.log_softmax(student, axis=-1)
+    total = 0.0
+    for completion, reward in zip(COMPLETIONS, REWARDS, strict=True):
+      steps = [
+        logprobs[ROW[completion[:step]], token]
+        for step, token in enumerate(completion)
+      ]
+      total -= scale * reward * jnp.exp(sum(steps))
+    return total
+
+  return claim
+
+
+def kl_to_reference(world, student):
+  other = dataclasses.replace(world, teacher=world.reference)
+  return other.visited(student, reverse_kl)
+
+
+# A mean over the rows of a group, whose own mean holds the row: (G - 1) / G.
+GRPO = {"normalize_std": False}
+PAIR = {"reduction": "seq_mean_token_sum", "rollouts": 2}
 
 EOPD = {"entropy_threshold": GATE, "coefficient": 0.5, "top_k": 2}
 
@@ -365,6 +396,17 @@ CASES: dict[str, tuple[Case, ...]] = {
     Case(
       bounded(-0.5, dropped=True),
       {"gate": "threshold", "outlier": "mask", "tau": -0.5},
+    ),
+  ),
+  "grpo": (
+    Case(less_reward(1 / 2), GRPO, **PAIR),
+    Case(
+      lambda world, student: (
+        less_reward(1 / 2)(world, student)
+        + 0.7 * kl_to_reference(world, student)
+      ),
+      {**GRPO, "kl": 0.7},
+      **PAIR,
     ),
   ),
   "opd_k1": (
@@ -477,10 +519,11 @@ def make_world(off_policy, teacher_mix=0.0):
   )
 
 
-def expected_gradient(objective, student, world, moved=False):
+def expected_gradient(objective, student, world, moved=False, rollouts=1):
   """sum_y p_behavior(y) grad loss(y) in the student's table.
 
-  With `moved` the behavior is the student before the first update.
+  y runs over groups of `rollouts` completions of the prompt. With `moved` the
+  behavior is the student before the first update.
   """
   rows = np.zeros((len(COMPLETIONS), LENGTH), np.int32)
   tokens = np.zeros_like(rows)
@@ -495,10 +538,14 @@ def expected_gradient(objective, student, world, moved=False):
   chance = jnp.exp(jnp.sum(behavior, axis=1))
   np.testing.assert_allclose(jnp.sum(chance), 1.0, atol=1e-12)
 
-  def gradient(rows, tokens, mask, behavior):
+  groups = jnp.asarray(
+    list(itertools.product(range(len(COMPLETIONS)), repeat=rollouts))
+  )
+
+  def gradient(rows, tokens, mask, behavior, rewards):
     def loss(table):
       logits = {
-        role: table_of[rows][None]
+        role: table_of[rows]
         for role, table_of in (
           ("student", table),
           ("teacher", world.teacher),
@@ -509,18 +556,21 @@ def expected_gradient(objective, student, world, moved=False):
       return support.loss_of(
         objective,
         logits,
-        tokens[None],
-        mask[None],
-        behavior[None],
-        start=behavior[None] if moved else None,
+        tokens,
+        mask,
+        behavior,
+        start=behavior if moved else None,
+        group=jnp.zeros(rollouts, jnp.int32),
+        rewards=rewards,
       )[0]
 
     return jax.grad(loss)(student)
 
+  by_completion = (rows, tokens, mask, behavior, REWARDS)
   gradients = jax.jit(jax.vmap(gradient))(
-    jnp.asarray(rows), jnp.asarray(tokens), jnp.asarray(mask), behavior
+    *(jnp.asarray(leaf)[groups] for leaf in by_completion)
   )
-  return jnp.tensordot(chance, gradients, axes=1)
+  return jnp.tensordot(jnp.prod(chance[groups], axis=1), gradients, axes=1)
 
 
 def all_cases():
@@ -542,7 +592,9 @@ def test_every_objective_says_what_it_descends():
 def test_expected_gradient_is_that_of_the_claim(name, case):
   with jax.enable_x64(True):
     student, world = make_world(case.off_policy, case.teacher_mix)
-    found = expected_gradient(case.create(name), student, world, case.moved)
+    found = expected_gradient(
+      case.create(name), student, world, case.moved, case.rollouts
+    )
     claimed = jax.grad(lambda table: case.claim(world, table))(student)
     assert found.dtype == jnp.float64
     np.testing.assert_allclose(found, claimed, rtol=0, atol=TOLERANCE)
@@ -613,6 +665,7 @@ def test_a_wrong_claim_is_found_out(name):
     ("exopd", 0, over_visited(reverse_kl)),
     ("gopd", 1, tilted(0.6)),
     ("aopd", 0, over_visited(reverse_kl)),
+    ("grpo", 0, less_reward(1.0)),
     ("tropd", 0, over_visited(of_generator(trusted))),
     ("tropd", 1, over_visited(reverse_kl)),
   ],
@@ -622,7 +675,7 @@ def test_neighbouring_claims_are_told_apart(name, index, neighbour):
   case = CASES[name][index]
   with jax.enable_x64(True):
     student, world = make_world(case.off_policy)
-    found = expected_gradient(case.create(name), student, world)
+    found = expected_gradient(case.create(name), student, world, case.rollouts)
     wrong = jax.grad(lambda table: neighbour(world, table))(student)
     assert jnp.max(jnp.abs(found - wrong)) > 1e-3
 

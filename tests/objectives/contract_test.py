@@ -18,6 +18,11 @@ from tests.objectives import support, toys
 
 # More ids than the largest default of a top_k.
 ROWS, LENGTH, VOCAB = 4, 6, 67
+# Three rows of one prompt, one of another; their rewards.
+BY_ROW = {
+  "group": jnp.array([0, 0, 1, 0], jnp.int32),
+  "rewards": jnp.array([1.0, 0.0, 1.0, 0.5], jnp.float32),
+}
 # Draws for each token by the place of its row.
 DRAWING = {"tropd"}
 
@@ -51,9 +56,8 @@ def _case(seed=0):
   return logits, tokens, mask, jnp.where(mask, behavior + noise, 0.0)
 
 
-def _loss(name, case):
-  logits, tokens, mask, behavior = case
-  return support.loss_of(_objective(name), logits, tokens, mask, behavior)[0]
+def _loss(name, case, by_row=BY_ROW):
+  return support.loss_of(_objective(name), *case, **by_row)[0]
 
 
 def _gradients(name, case):
@@ -112,8 +116,9 @@ def test_order_of_rows_does_not_matter(name):
     mask[order],
     behavior[order],
   )
+  by_row = {key: leaf[order] for key, leaf in BY_ROW.items()}
   np.testing.assert_allclose(
-    _loss(name, case), _loss(name, shuffled), rtol=1e-6, atol=1e-6
+    _loss(name, case), _loss(name, shuffled, by_row), rtol=1e-6, atol=1e-6
   )
 
 
@@ -121,12 +126,15 @@ def test_order_of_rows_does_not_matter(name):
 def test_chunks_of_time_add_up(name):
   objective = _objective(name)
   logits, tokens, mask, behavior = _case()
-  before = support.scores_of(
-    objective.prepare_needs, logits, tokens, mask, behavior
+  needs = dataclasses.replace(
+    objective.prepare_needs, rewards=objective.needs.rewards
   )
+  before = support.scores_of(needs, logits, tokens, mask, behavior, **BY_ROW)
   schedule = support.schedule(3)
   signals = objective.prepare(before, objective.init_state(), schedule)
-  scores = support.scores_of(objective.needs, logits, tokens, mask, behavior)
+  scores = support.scores_of(
+    objective.needs, logits, tokens, mask, behavior, **BY_ROW
+  )
   counts = reduce.Counts.of(mask)
 
   def total(start, stop):

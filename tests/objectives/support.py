@@ -4,6 +4,8 @@ The engine's own path (micro-batches, chunks, trunk and head) is not used here,
 so that it can be compared with this one.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -64,11 +66,14 @@ def model_scores(logits, tokens, mask, request):
   )
 
 
-def scores_of(needs, logits, tokens, mask, behavior_logprobs, start=None):
+def scores_of(
+  needs, logits, tokens, mask, behavior_logprobs, start=None, **by_row
+):
   """Scores from a dict of logits by role.
 
   `start` are the student's log-probabilities before the first of several
-  updates; None where this is the first.
+  updates; None where this is the first. `by_row` are `group` and `rewards`;
+  without them every row is a group of its own, and right.
   """
   if start is None:
     needs = needs.starting_here()
@@ -76,13 +81,17 @@ def scores_of(needs, logits, tokens, mask, behavior_logprobs, start=None):
   if needs.start and start is None:
     student = model_scores(logits["student"], tokens, mask, needs.student)
     start = jax.lax.stop_gradient(student.logprobs)
+  rows = tokens.shape[0]
+  group = by_row.get("group", jnp.arange(rows, dtype=jnp.int32))
+  rewards = by_row.get("rewards", jnp.ones(rows, jnp.float32))
   return Scores(
     tokens=tokens,
     sampled_mask=mask,
     loss_mask=mask,
     behavior_valid=mask,
     behavior_logprobs=behavior_logprobs,
-    group=jnp.arange(tokens.shape[0], dtype=jnp.int32),
+    group=group,
+    rewards=rewards if needs.rewards else None,
     start_logprobs=start if needs.start else None,
     **{
       role: model_scores(logits[role], tokens, mask, getattr(needs, role))
@@ -112,14 +121,18 @@ def loss_of(
   step=0,
   at=None,
   start=None,
+  **by_row,
 ):
   """The reduced loss of a whole batch, and the terms by name.
 
-  `at` is a whole schedule, in place of that of `step`; `start` as in
-  `scores_of`.
+  `at` is a whole schedule, in place of that of `step`; `start` and `by_row` as
+  in `scores_of`.
   """
+  needs = dataclasses.replace(
+    objective.prepare_needs, rewards=objective.needs.rewards
+  )
   before = scores_of(
-    objective.prepare_needs, logits, tokens, mask, behavior_logprobs, start
+    needs, logits, tokens, mask, behavior_logprobs, start, **by_row
   )
   signals = objective.prepare(
     before,
@@ -127,7 +140,7 @@ def loss_of(
     schedule(step) if at is None else at,
   )
   scores = scores_of(
-    objective.needs, logits, tokens, mask, behavior_logprobs, start
+    objective.needs, logits, tokens, mask, behavior_logprobs, start, **by_row
   )
   terms, _ = objective.terms(scores, signals)
   counts = reduce.Counts.of(jnp.asarray(mask))
