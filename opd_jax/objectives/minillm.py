@@ -24,14 +24,14 @@ KL(student || teacher) of whole completions on policy, and with discount 0 that
 of KL(student || teacher) at the visited prefixes, mixture or not. The second
 part adds the latter; so the reward of the token itself is counted twice.
 
-Source: Gu et al., arXiv 2306.08543, Eq. 2-7; options and defaults are those of
-the official code for GPT-2, whose runs make 4 passes over a rollout batch with
-teacher_mix 0.2.
+Source: Gu et al., arXiv 2306.08543, Sec. 2.2, as its official code has it; the
+defaults are those of its script for GPT-2, which makes 4 passes over a rollout
+batch with teacher_mix 0.2.
 
-Differs: the paper's third part, a loss on a corpus of pretraining text, is left
-out. As in the code, and unlike the paper, R starts at the token itself, the
-division by the length is not by the tokens behind it, and the second part has
-no weight. Whitening leaves out padding, over which the code runs it too.
+Differs: the third part, a loss on a corpus of pretraining text, is left out. As
+in the code, R begins with the reward of the token itself although the second
+part has it too, and the second part has no weight w. Whitening leaves out
+padding, over which the code runs it too.
 """
 
 import dataclasses
