@@ -96,6 +96,7 @@ def enlarged(model, **changes):
     ("one device", {}, "none"),
     ("one device", {"micro_batches": 4, "chunk_tokens": 128}, "full"),
     ("eight", {"compute_dtype": "bfloat16"}, "none"),
+    ("one device", {"mini_batches": 2, "epochs": 2}, "none"),
   ],
 )
 def test_the_whole_is_near_the_compilers_account(mesh, changes, remat):

@@ -113,8 +113,8 @@ def test_tokens_are_drawn_as_often_as_the_mixture_says():
     return np.max(np.abs(found - count * chances) / np.maximum(deviation, 1.0))
 
   assert excess(mixture) < 5
-  assert excess(student) > 20
-  assert excess(teacher) > 20
+  assert excess(student) > 10
+  assert excess(teacher) > 10
 
 
 def test_without_a_share_of_the_teacher_tokens_are_the_students():

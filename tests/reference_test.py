@@ -187,3 +187,27 @@ def test_its_operations_are_counted():
   )
   # One forward over the student's prompts and the completions.
   assert whole - without == flops.forward(engine.REFERENCE, 8 * 13, 6.5, 8 * 7)
+
+
+def test_operations_of_several_passes_and_of_a_second_decoder_are_counted():
+  counts = {
+    "prompts": 4,
+    "rows": 8,
+    "prompt_length": 6,
+    "completion_length": 7,
+  }
+
+  def count(**options):
+    return flops.step(engine.STUDENT, (engine.TEACHER,), **counts, **options)
+
+  student, teacher = (
+    flops.forward(model, 8 * 13, 6.5, 8 * 7)
+    for model in (engine.STUDENT, engine.TEACHER)
+  )
+  once = count()
+  assert count(epochs=3) - once == 2 * (3 * student + teacher)
+  assert count(epochs=3, start=True) - count(epochs=3) == student
+  # Prompts are run once each, completions token by token.
+  drawn = flops.forward(engine.TEACHER, 4 * 6, 3, 4)
+  drawn += flops.forward(engine.TEACHER, 8 * 7, 6 + 3.5, 8 * 7)
+  assert count(mixed=engine.TEACHER) - once == drawn

@@ -36,14 +36,14 @@ the division by the tokens left change what is descended, and a sum over later
 tokens is noisier than `opd_k1`. `prepare` costs one more pass of the student's
 head. Prefer `gkd` with beta = 1, which is the second part alone, otherwise.
 
-Source: Gu et al., arXiv 2306.08543, Eq. 2-7; options and defaults are those of
-the official code for GPT-2, whose runs make 4 passes over a rollout batch with
-teacher_mix 0.2.
+Source: Gu et al., arXiv 2306.08543, Sec. 2.2, as its official code has it; the
+defaults are those of its script for GPT-2, which makes 4 passes over a rollout
+batch with teacher_mix 0.2.
 
-Differs: the paper's third part, a loss on a corpus of pretraining text, is left
-out. As in the code, and unlike the paper, R starts at the token itself, the
-division by the length is not by the tokens behind it, and the second part has
-no weight. Whitening leaves out padding, over which the code runs it too.
+Differs: the third part, a loss on a corpus of pretraining text, is left out. As
+in the code, R begins with the reward of the token itself although the second
+part has it too, and the second part has no weight w. Whitening leaves out
+padding, over which the code runs it too.
 """
 
 import dataclasses

@@ -5,7 +5,7 @@
 at every position, both at the sampling temperature and over the ids they share.
 Each model keeps a cache of its own; the tokens are the same in both.
 
-Source: teacher-mixed sampling of MiniLLM, arXiv 2306.08543, Eq. 5.
+Source: teacher-mixed sampling of MiniLLM, arXiv 2306.08543, Sec. 2.2.
 """
 
 import dataclasses

@@ -668,14 +668,23 @@ def test_a_wrong_claim_is_found_out(name):
     ("grpo", 0, less_reward(1.0)),
     ("tropd", 0, over_visited(of_generator(trusted))),
     ("tropd", 1, over_visited(reverse_kl)),
+    ("minillm", 0, whole_sequence),
+    ("minillm", 2, over_visited(reverse_kl)),
+    (
+      "eopd",
+      1,
+      over_visited(lambda s, t: reverse_kl(s, t) + gated_forward_kl(s, t)),
+    ),
   ],
 )
 def test_neighbouring_claims_are_told_apart(name, index, neighbour):
   """What a case does not descend, though another one does."""
   case = CASES[name][index]
   with jax.enable_x64(True):
-    student, world = make_world(case.off_policy)
-    found = expected_gradient(case.create(name), student, world, case.rollouts)
+    student, world = make_world(case.off_policy, case.teacher_mix)
+    found = expected_gradient(
+      case.create(name), student, world, case.moved, case.rollouts
+    )
     wrong = jax.grad(lambda table: neighbour(world, table))(student)
     assert jnp.max(jnp.abs(found - wrong)) > 1e-3
 
