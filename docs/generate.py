@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from opd_jax import config
+from opd_jax import config, selector
 from opd_jax.objectives import OBJECTIVES, estimators, reduce, supports
 from opd_jax.objectives.divergences import DIVERGENCES, PARAMETERS
 from opd_jax.preflight import KINDS
@@ -179,6 +179,7 @@ SECTIONS = {
   "supports": lambda: module_text(supports),
   "estimators": lambda: module_text(estimators),
   "findings": findings,
+  "selection": lambda: module_text(selector),
 }
 
 

@@ -28,6 +28,11 @@ does it, and does not see them at all where it needs whole rows.
 
 The student that is ranked is the one after the plain prompt.
 
+What it descends: with an objective over whole distributions, its sum over the
+chosen tokens, the choice fixed. With a policy gradient on drawn tokens there is
+a bias: whether a token is chosen depends on tokens drawn after it, through the
+length and the ranks of its rollout, and no score corrects for that.
+
 Source: "TIP: Token Importance in On-Policy Distillation", arXiv 2604.14084v4.
 
 Differs: the scope of quantile, minimum and maximum, what becomes of ties and of
