@@ -90,16 +90,23 @@ class Selector:
     What `prepare` reads and, of the frozen models that are run in it anyway,
     what `terms` does.
     """
-    needs = objective.prepare_needs
-    for role in self.roles:
-      if role not in objective.needs.gradient_roles():
-        before, after = getattr(needs, role), getattr(objective.needs, role)
-        both = Request(
-          logprobs=before.logprobs or after.logprobs,
-          entropy=before.entropy or after.entropy,
-        )
-        needs = dataclasses.replace(needs, **{role: both})
-    return needs
+
+    def request(role: str) -> Request:
+      before = getattr(objective.prepare_needs, role)
+      after = getattr(objective.needs, role)
+      if role in objective.needs.gradient_roles() or role not in self.roles:
+        return before
+      return Request(
+        logprobs=before.logprobs or after.logprobs,
+        entropy=before.entropy or after.entropy,
+      )
+
+    return Needs(
+      student=request("student"),
+      student_privileged=request("student_privileged"),
+      teacher=request("teacher"),
+      reference=request("reference"),
+    )
 
   def capacity(self, length: int) -> int:
     """The most tokens of a row of `length` slots that may be chosen."""
