@@ -176,8 +176,10 @@ def normalized(
     for extreme, empty in ((jnp.min, jnp.inf), (jnp.max, -jnp.inf))
   )
   varied = high > low
-  width = jnp.where(varied, high - low, 1.0)
-  return jnp.where(varied & mask, (values - low) / width, 0.0)
+  found = (values - low) / jnp.where(varied, high - low, 1.0)
+  # A compiler may multiply by the reciprocal, which would leave less than 1.
+  found = jnp.where(values < high, found, 1.0)
+  return jnp.where(varied & mask, found, 0.0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -122,7 +122,7 @@ def test_scopes():
   rng = np.random.default_rng(0)
   mask = np.arange(9) < np.array([9, 5, 7])[:, None]
   measures = {
-    name: rng.gamma(1.0, size=mask.shape).astype(np.float32)
+    name: jnp.asarray(rng.gamma(1.0, size=mask.shape), jnp.float32)
     for name in ("entropy", "forward_kl")
   }
   selector = selector_of(
@@ -132,14 +132,15 @@ def test_scopes():
     select_scope="batch",
     cap=0.7,
   )
-  scores = np.asarray(selector.scores(measures, mask, KEY))
+  found = selector.scores(measures, jnp.asarray(mask), KEY)
+  measures, scores = jax.device_get((measures, found))
   for row in range(3):
     entropy = measures["entropy"][row][mask[row]]
     cut = np.minimum(entropy, np.quantile(entropy, 0.7))
     spread = (cut - cut.min()) / (cut.max() - cut.min())
     expected = measures["forward_kl"][row][mask[row]] * (1 - spread)
     np.testing.assert_allclose(scores[row][mask[row]], expected, atol=1e-6)
-  chosen = np.asarray(selector.choose(scores, mask))
+  chosen = np.asarray(selector.choose(found, jnp.asarray(mask)))
   assert chosen.sum() == 8  # floor(0.4 x 21)
   assert scores[chosen].min() >= scores[mask & ~chosen].max()
 
