@@ -62,6 +62,8 @@ def step(
   completion_length: float,
   frozen_prompt_length: float | None = None,
   reference: ModelConfig | None = None,
+  kept: float = 1.0,
+  frozen_kept: float = 1.0,
 ) -> float:
   """Operations of one step on real (not padded) tokens.
 
@@ -75,6 +77,9 @@ def step(
     frozen_prompt_length: tokens per prompt that frozen models read; None for
       the student's.
     reference: a model that scores every row after the student's prompts.
+    kept: fraction of the tokens that carry loss.
+    frozen_kept: fraction whose next-token logits frozen models compute; that of
+      the reference is `kept`.
   """
   drawn = rows * completion_length
   prefill = forward(
@@ -82,16 +87,20 @@ def step(
   )
   decode = forward(student, drawn, prompt_length + completion_length / 2, drawn)
 
-  def score(config: ModelConfig, before: float) -> float:
+  def score(config: ModelConfig, before: float, share: float = 1.0) -> float:
     length = before + completion_length
-    return forward(config, rows * length, length / 2, drawn)
+    return forward(config, rows * length, length / 2, share * drawn)
 
   if frozen_prompt_length is None:
     frozen_prompt_length = prompt_length
-  scores = [score(config, frozen_prompt_length) for config in frozen]
+  scores = [
+    score(config, frozen_prompt_length, frozen_kept) for config in frozen
+  ]
   if reference is not None:
-    scores.append(score(reference, prompt_length))
-  return prefill + decode + 3 * score(student, prompt_length) + sum(scores)
+    scores.append(score(reference, prompt_length, kept))
+  forwards = score(student, prompt_length)
+  backwards = 2 * score(student, prompt_length, kept)
+  return prefill + decode + forwards + backwards + sum(scores)
 
 
 def supervised(

@@ -141,7 +141,9 @@ class Distillation:
 
   def work(self, record: Mapping[str, float]) -> Work:
     """Tokens drawn, and the operations of all models."""
-    batch = self.config.batch
+    batch, selector = self.config.batch, self._step.selector
+    kept = record.get("selection/fraction", 1.0)
+    ranked = selector is None or "teacher" in selector.roles
     operations = flops.step(
       self._setup.student,
       (self._setup.teacher,),
@@ -151,6 +153,8 @@ class Distillation:
       completion_length=record["rollout/length_mean"],
       frozen_prompt_length=record.get("teacher/prompt_length_mean"),
       reference=self._setup.reference,
+      kept=kept,
+      frozen_kept=1.0 if ranked else kept,
     )
     return Work(tokens=record["rollout/tokens"], operations=operations)
 

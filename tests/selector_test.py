@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from opd_jax import parsing, sequences
+from opd_jax import flops, parsing, sequences
 from opd_jax.config import RunConfig, SelectionConfig
 from opd_jax.errors import InputError
 from opd_jax.objectives import base
@@ -389,6 +389,22 @@ def test_metrics_are_of_all_tokens():
     for found in (_cached(name, options), _evaluate(name, None))
   )
   _assert_close(with_it, without)
+
+
+def test_operations_that_are_left_out_are_not_counted():
+  """2 x 2 D V for each token whose head is not differentiated."""
+  sizes = {
+    "prompts": 1,
+    "rows": 3,
+    "prompt_length": 5.0,
+    "completion_length": 10.0,
+  }
+  count = functools.partial(
+    flops.step, engine.STUDENT, (engine.TEACHER,), **sizes
+  )
+  head = 2 * 32 * 61
+  np.testing.assert_allclose(count() - count(kept=0.4), 2 * 18 * head)
+  np.testing.assert_allclose(count() - count(frozen_kept=0.4), 18 * 2 * 32 * 64)
 
 
 def enumerated_gradients(name, fraction):
