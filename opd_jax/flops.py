@@ -65,6 +65,8 @@ def step(
   mixed: ModelConfig | None = None,
   epochs: int = 1,
   start: bool = False,
+  kept: float = 1.0,
+  frozen_kept: float = 1.0,
 ) -> float:
   """Operations of one step on real (not padded) tokens.
 
@@ -81,6 +83,9 @@ def step(
     mixed: a model that is drawn from beside the student.
     epochs: passes over the rows, each with an update of its own.
     start: the student scores every row once more before the first of them.
+    kept: fraction of the tokens that carry loss.
+    frozen_kept: fraction whose next-token logits frozen models compute; that of
+      the reference is `kept`.
   """
   drawn = rows * completion_length
 
@@ -91,18 +96,21 @@ def step(
     context = prompt_length + completion_length / 2
     return prefill + forward(config, drawn, context, drawn)
 
-  def score(config: ModelConfig, before: float) -> float:
+  def score(config: ModelConfig, before: float, share: float = 1.0) -> float:
     length = before + completion_length
-    return forward(config, rows * length, length / 2, drawn)
+    return forward(config, rows * length, length / 2, share * drawn)
 
   if frozen_prompt_length is None:
     frozen_prompt_length = prompt_length
-  scores = [score(config, frozen_prompt_length) for config in frozen]
+  scores = [
+    score(config, frozen_prompt_length, frozen_kept) for config in frozen
+  ]
   if reference is not None:
-    scores.append(score(reference, prompt_length))
+    scores.append(score(reference, prompt_length, kept))
   own = score(student, prompt_length)
+  backwards = 2 * score(student, prompt_length, kept)
   drawing = draw(student) + (draw(mixed) if mixed is not None else 0.0)
-  return drawing + start * own + epochs * (3 * own + sum(scores))
+  return drawing + start * own + epochs * (own + backwards + sum(scores))
 
 
 def supervised(

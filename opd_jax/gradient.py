@@ -187,7 +187,7 @@ def evaluate(
   def run_shard(rows: Any) -> Any:
     by_row, batch, known, fixed, trained = rows
     part = prepared.with_rows(by_row)
-    signals = part.signals
+    signals, kept = part.signals, None
     if selector is not None:
       batch = dataclasses.replace(batch, loss_mask=part.loss_mask)
       length = batch.tokens.shape[1]
@@ -207,7 +207,7 @@ def evaluate(
     )
     run = loop.whole_rows if objective.needs.whole_rows else loop.pointwise
     summed, seen, in_states = run(trained, head)
-    if selector is None:
+    if kept is None:
       return summed, seen, in_states
     # Of the chosen tokens alone, which says little about the others.
     return summed, {}, kept.scatter(in_states)

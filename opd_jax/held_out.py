@@ -148,7 +148,7 @@ def loss(
     )
     hidden = {"student": scorer.hidden("student", params, batch)}
     head = {"student": model.split_head(params)[1]}
-    fields, _ = scorer.fields(needs, hidden, head, batch)
+    fields = scorer.fields(needs, hidden, head, batch).fields
     return -jnp.sum(fields["student"].logprobs), jnp.sum(mask)
 
   sums, counts = jax.lax.map(batch_sum, (tokens, lengths))

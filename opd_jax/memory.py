@@ -355,7 +355,18 @@ def _update(
       exact=False,
       formula="rows x heads x slots x slots x 4 bytes, twice",
     )
-  tokens = rows * min(max(step.scorer.chunk_tokens // max(1, rows), 1), length)
+  chosen = length
+  if step.selector is not None:
+    chosen = step.selector.capacity(length)
+    yield Part(
+      name="hidden states of the chosen tokens",
+      size=2 * rows * chosen * widths,
+      phase="vocabulary loop",
+      exact=False,
+      formula="tokens that may be chosen x width of each model, twice",
+    )
+  # The pass that ranks all tokens has chunks of no more slots.
+  tokens = rows * min(max(step.scorer.chunk_tokens // max(1, rows), 1), chosen)
   columns = sum(map(_columns, models))
   yield Part(
     name="distributions of a chunk",

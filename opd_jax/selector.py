@@ -28,6 +28,11 @@ does it, and does not see them at all where it needs whole rows.
 
 The student that is ranked is the one after the plain prompt.
 
+What it descends: with an objective over whole distributions, its sum over the
+chosen tokens, the choice fixed. With a policy gradient on drawn tokens there is
+a bias: whether a token is chosen depends on tokens drawn after it, through the
+length and the ranks of its rollout, and no score corrects for that.
+
 Source: "TIP: Token Importance in On-Policy Distillation", arXiv 2604.14084v4.
 
 Differs: the scope of quantile, minimum and maximum, what becomes of ties and of
@@ -85,16 +90,23 @@ class Selector:
     What `prepare` reads and, of the frozen models that are run in it anyway,
     what `terms` does.
     """
-    needs = objective.prepare_needs
-    for role in self.roles:
-      if role not in objective.needs.gradient_roles():
-        before, after = getattr(needs, role), getattr(objective.needs, role)
-        both = Request(
-          logprobs=before.logprobs or after.logprobs,
-          entropy=before.entropy or after.entropy,
-        )
-        needs = dataclasses.replace(needs, **{role: both})
-    return needs
+
+    def request(role: str) -> Request:
+      before = getattr(objective.prepare_needs, role)
+      after = getattr(objective.needs, role)
+      if role in objective.needs.gradient_roles() or role not in self.roles:
+        return before
+      return Request(
+        logprobs=before.logprobs or after.logprobs,
+        entropy=before.entropy or after.entropy,
+      )
+
+    return Needs(
+      student=request("student"),
+      student_privileged=request("student_privileged"),
+      teacher=request("teacher"),
+      reference=request("reference"),
+    )
 
   def capacity(self, length: int) -> int:
     """The most tokens of a row of `length` slots that may be chosen."""
@@ -164,8 +176,10 @@ def normalized(
     for extreme, empty in ((jnp.min, jnp.inf), (jnp.max, -jnp.inf))
   )
   varied = high > low
-  width = jnp.where(varied, high - low, 1.0)
-  return jnp.where(varied & mask, (values - low) / width, 0.0)
+  found = (values - low) / jnp.where(varied, high - low, 1.0)
+  # A compiler may multiply by the reciprocal, which would leave less than 1.
+  found = jnp.where(values < high, found, 1.0)
+  return jnp.where(varied & mask, found, 0.0)
 
 
 @dataclasses.dataclass(frozen=True)

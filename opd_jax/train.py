@@ -184,7 +184,9 @@ class Distillation:
 
   def work(self, record: Mapping[str, float]) -> Work:
     """Tokens drawn, and the operations of all models."""
-    batch = self.config.batch
+    batch, selector = self.config.batch, self._step.selector
+    kept = record.get("selection/fraction", 1.0)
+    ranked = selector is None or "teacher" in selector.roles
     operations = flops.step(
       self._setup.student,
       self._scoring_teachers(),
@@ -197,6 +199,8 @@ class Distillation:
       mixed=self._setup.teacher if self.config.rollout.teacher_mix else None,
       epochs=batch.epochs,
       start=self._step.scores_start,
+      kept=kept,
+      frozen_kept=1.0 if ranked else kept,
     )
     return Work(tokens=record["rollout/tokens"], operations=operations)
 

@@ -201,8 +201,10 @@ def fields_of(cls, group="config"):
   """(class, its name in a config, field) for all below a config dataclass."""
   for name, hint in typing.get_type_hints(cls).items():
     yield cls, group, name
-    if dataclasses.is_dataclass(hint):
-      yield from fields_of(hint, name)
+    optional = isinstance(hint, types.UnionType)
+    for option in typing.get_args(hint) if optional else (hint,):
+      if dataclasses.is_dataclass(option):
+        yield from fields_of(option, name)
 
 
 def test_every_key_is_read():

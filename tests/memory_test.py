@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import pytest
 
 from opd_jax import memory
+from opd_jax.config import SelectionConfig
 from opd_jax.programs import Programs
+from opd_jax.selector import Selector
 from opd_jax.types import PromptBatch, StepInputs
 from tests import engine
 
@@ -18,6 +20,7 @@ MESHES = {
   "eight": ({"replica": 2, "fsdp": 2, "tensor": 2}, 8),
 }
 PROMPTS, WINDOW = 8, engine.WINDOW
+HALF = Selector(config=SelectionConfig(fraction=0.5), vocab_size=8192)
 
 
 def on_first_device(tree):
@@ -97,6 +100,7 @@ def enlarged(model, **changes):
     ("one device", {"micro_batches": 4, "chunk_tokens": 128}, "full"),
     ("eight", {"compute_dtype": "bfloat16"}, "none"),
     ("one device", {"mini_batches": 2, "epochs": 2}, "none"),
+    ("one device", {"selector": HALF, "chunk_tokens": 10**6}, "full"),
   ],
 )
 def test_the_whole_is_near_the_compilers_account(mesh, changes, remat):
@@ -159,6 +163,17 @@ def test_a_reference_counts():
   shared = memory.estimate(step, PROMPTS, WINDOW, same_weights=True)
   assert "reference weights" not in {part.name for part in shared.parts}
   assert shared.resident == plain.resident
+
+
+def test_chosen_tokens_count():
+  """The distributions of all tokens shrink to those that may be chosen."""
+  plain, parts = parts_of(engine.make_step(chunk_tokens=10**6))
+  step = engine.make_step(chunk_tokens=10**6, selector=HALF)
+  found, fewer = parts_of(step)
+  name = "distributions of a chunk"
+  # 3 of 7 slots.
+  assert fewer[name].size * engine.LENGTH == parts[name].size * 3
+  assert found.resident == plain.resident
 
 
 def test_longer_prompts_of_the_teacher_count():
