@@ -275,11 +275,12 @@ def test_stored_rows_are_learned_as_any_rows():
   # The third prompt has no stored completion: its tokens are drawn.
   drawn = np.asarray(rollout.tokens[2])[: int(rollout.lengths[2])].tolist()
   assert rollout.sampled_mask.any(1).tolist() == [False, False, True, False]
+  befores = np.asarray(inputs.prompts.lengths).tolist()
   rows = [
     [*np.asarray(inputs.prompts.tokens[row])[:length], *ids]
     for row, (length, ids) in enumerate(
       zip(
-        np.asarray(inputs.prompts.lengths),
+        befores,
         (*STORED[:2], drawn, STORED[3]),
         strict=True,
       )
@@ -288,8 +289,7 @@ def test_stored_rows_are_learned_as_any_rows():
 
   def loss(params):
     total, count = 0.0, 0
-    for row, ids in enumerate(rows):
-      before = int(inputs.prompts.lengths[row])
+    for before, ids in zip(befores, rows, strict=True):
       tokens = jnp.asarray([ids], jnp.int32)
       positions = jnp.arange(len(ids))[None]
 
