@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from opd_jax import flops, objectives, optim
-from opd_jax.config import OptimizerConfig, SamplingConfig
+from opd_jax.config import OptimizerConfig, RolloutConfig, SamplingConfig
 from opd_jax.models import Model, ModelConfig
 from opd_jax.programs import Programs
 from opd_jax.scoring import Scorer
@@ -92,6 +92,7 @@ def make_step(chunk_tokens: int) -> Step:
     learning_rate=optim.learning_rate(config, steps=100),
     sampling=SamplingConfig(max_new_tokens=COMPLETION),
     stop_ids=(),
+    mixing=RolloutConfig(),
     rollouts=1,
     micro_batches=1,
     steps=100,

@@ -123,13 +123,16 @@ def estimate(
     evaluation: of the student, between steps.
     same_weights: a teacher and the reference hold the same arrays.
   """
-  rollout = Decoding(
-    prompts=prompts,
-    rollouts=step.rollouts,
-    window=window,
-    length=step.sampling.max_new_tokens,
-  )
   rows = prompts * step.rollouts
+  length = step.sampling.max_new_tokens
+  # A row's prefix is its own, and the student reads it with the prompt.
+  prefixes = step.mixing.prefix != "none"
+  rollout = Decoding(
+    prompts=rows if prefixes else prompts,
+    rollouts=1 if prefixes else step.rollouts,
+    window=window + length if prefixes else window,
+    length=length,
+  )
   parts = [
     *_weights(step, same_weights),
     *_sampling(step, rollout, "sampling", ""),
@@ -206,6 +209,14 @@ def _weights(step: Step, same_weights: bool) -> Iterable[Part]:
     exact=True,
     formula="parameters x 2 moments x 4 bytes",
   )
+  if step.replay is not None:
+    yield Part(
+      name="replay buffer",
+      size=shard_bytes(state.replay),
+      phase="always",
+      exact=True,
+      formula="rollout.replay_capacity x (prompt and completion) x 4 bytes",
+    )
   for role, model in _frozen(step).items():
     if role == "reference" and same_weights:
       continue

@@ -47,6 +47,20 @@ class Saved:
     """
     return tokenizer.load(hf.resolve(self.source))
 
+  def fingerprint(self) -> str:
+    """Of the weights, see `hf.fingerprint`.
+
+    Raises:
+      InputError: the weights are those of a run, which are in no such files.
+    """
+    if self.workdir is not None:
+      raise InputError(
+        "stored completions name the weights that wrote them by their files, "
+        f"and {self.workdir} is the folder of a run; export it with opd-jax "
+        "export, and name that folder instead"
+      )
+    return hf.fingerprint(self.source)
+
   def decoder(self, compute_dtype: str, tensor: int, rows: int) -> Model:
     """The model in the decode layout on the devices here.
 

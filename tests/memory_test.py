@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import pytest
 
 from opd_jax import memory
-from opd_jax.config import SelectionConfig
+from opd_jax.config import RolloutConfig, SelectionConfig
 from opd_jax.programs import Programs
+from opd_jax.replay import Buffer
 from opd_jax.selector import Selector
 from opd_jax.types import PromptBatch, StepInputs
 from tests import engine
@@ -174,6 +175,26 @@ def test_chosen_tokens_count():
   # 3 of 7 slots.
   assert fewer[name].size * engine.LENGTH == parts[name].size * 3
   assert found.resident == plain.resident
+
+
+def test_prefixes_and_a_replay_buffer_count():
+  """Prompts are longer by T and prefilled for each row; the buffer is there."""
+  plain, without = parts_of(engine.make_step())
+  step = engine.make_step(mixing=RolloutConfig(prefix="cosine"))
+  _, parts = parts_of(step)
+  rows = PROMPTS * engine.ROLLOUTS
+  slots = WINDOW + 2 * engine.LENGTH
+  cache = jax.jit(lambda: step.decoder.init_cache(rows, slots))()
+  assert parts["KV cache"].size == on_first_device(cache)
+  assert "KV cache of the prompts" in without
+  assert "KV cache of the prompts" not in parts
+  buffer = Buffer(capacity=50, window=WINDOW, length=engine.LENGTH)
+  step = engine.make_step(replay=buffer)
+  found, parts = parts_of(step)
+  state, _ = engine.make_state(step)
+  size = on_first_device(state.replay)
+  assert parts["replay buffer"].size == size
+  assert found.resident == plain.resident + size
 
 
 def test_longer_prompts_of_the_teacher_count():

@@ -26,16 +26,12 @@ def run(arguments: Sequence[str]) -> int:
   from opd_jax.generate import Generator
 
   found = saved.find(values.model, values.step)
-  if values.out and Path(values.out).suffix == store.SUFFIX and found.workdir:
-    raise InputError(
-      f"--out={values.out} names the weights by their files, and {values.model}"
-      " is the folder of a run; export it with opd-jax export, and give "
-      "--model that folder"
-    )
+  stored = bool(values.out) and Path(values.out).suffix == store.SUFFIX
+  weights = found.fingerprint() if stored else ""
   tokenizer = found.tokenizer()
   if values.data:
     rows, prompts, names = _rows(values, tokenizer)
-    if Path(values.out).suffix == store.SUFFIX:
+    if stored:
       rows = [
         {**row, "prompt_ids": prompt.ids}
         for row, prompt in zip(rows, prompts, strict=True)
@@ -66,8 +62,19 @@ def run(arguments: Sequence[str]) -> int:
   if values.data:
     drawn = drawing.watch(drawn, len(prompts), "prompts")
     done = _completed(rows, drawn, values.stopped_only)
-    if Path(values.out).suffix == store.SUFFIX:
-      _write_store(values.out, rows, done, prepared, found)
+    if stored:
+      origin = store.Origin(
+        model=found.source,
+        weights=weights,
+        tokenizer=tokenizer.fingerprint(),
+        sampling={
+          **dataclasses.asdict(prepared.sampling),
+          "stop_ids": list(prepared.stop_ids),
+        },
+        seed=prepared.seed,
+        samples=prepared.samples,
+      )
+      _write_store(values.out, rows, done, origin)
     else:
       _write_rows(values.out, (_line(row, one) for row, one in done))
     return 0
@@ -177,40 +184,23 @@ def _write_store(
   path: str,
   rows: Sequence[Row],
   completed: Iterator[tuple[Row, Any]],
-  prepared: Any,
-  found: Any,
+  origin: Any,
 ) -> None:
   """A Parquet file of ids, with the model that wrote them."""
   from opd_jax.data import store
-  from opd_jax.models import hf
 
-  origin = store.Origin(
-    model=found.source,
-    weights=hf.fingerprint(found.source),
-    tokenizer=prepared.tokenizer.fingerprint(),
-    sampling={
-      **dataclasses.asdict(prepared.sampling),
-      "stop_ids": list(prepared.stop_ids),
-    },
-    seed=prepared.seed,
-    samples=prepared.samples,
+  stored = (
+    {
+      "prompt": one.prompt,
+      **row,
+      "completion": one.text,
+      "completion_ids": one.tokens,
+      "logprobs": one.logprobs,
+      "stopped": one.stopped,
+    }
+    for row, one in completed
   )
-  count = store.write(
-    path,
-    rows,
-    (
-      {
-        "prompt": one.prompt,
-        **row,
-        "completion": one.text,
-        "completion_ids": one.tokens,
-        "logprobs": one.logprobs,
-        "stopped": one.stopped,
-      }
-      for row, one in completed
-    ),
-    origin,
-  )
+  count = store.write(path, rows, stored, origin)
   print(f"wrote {count} completions to {path}")
 
 

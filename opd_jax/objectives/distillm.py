@@ -1,4 +1,4 @@
-"""Skewed KL on the student's own completions: the loss of DistiLLM.
+"""Skewed KL along completions: the loss of DistiLLM.
 
   skew_forward_kl  KL(teacher || alpha teacher + (1 - alpha) student)
   skew_reverse_kl  KL(student || alpha student + (1 - alpha) teacher)
@@ -20,10 +20,14 @@ as well. It costs what `gkd` costs.
 Source: Ko et al., arXiv 2402.03898; alpha 0.1 and the forward form as in the
 official script for GPT-2 (`--type adaptive-sfkl`).
 
-Differs: this is the loss alone. The paper mixes fixed data, fresh samples and a
-replay buffer by a threshold that follows the validation loss; here every
-completion is fresh. The official code leaves out the teacher's entropy of the
-forward form, which changes the value and not the gradient.
+The paper mixes fixed data, fresh samples and a replay buffer by a threshold
+that follows the validation loss: `rollout.replay_capacity` and the keys beside
+it do that, see `replay`. Without them every completion is fresh.
+
+Differs: the fixed data are completions of the teacher in a store, and the
+validation loss is the run's held-out loss. The official code leaves out the
+teacher's entropy of the forward form, which changes the value and not the
+gradient.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Divergence of whole distributions on the student's own completions (GKD).
+"""Divergence of whole distributions along completions (GKD).
 
   loss_t = D(student, teacher)             at the prefix of completion token t
 
@@ -30,8 +30,9 @@ distillation.
 
 Source: Agarwal et al., arXiv 2306.13649, Eq. 1; the other divergences and their
 sources are in `divergences`. The temperature is the run's sampling temperature,
-applied to both models, without the factor temperature^2. All completions are
-the student's (lambda 1 of the paper).
+applied to both models, without the factor temperature^2. Completions are the
+student's own; `rollout.stored_fraction`, 1 - lambda of the paper, takes stored
+ones in their place.
 
 Differs: the mean runs over all tokens of the batch (as in TRL);
 reduction="seq_mean_token_mean" is the paper's mean per sequence. beta weighs

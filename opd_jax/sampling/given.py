@@ -68,7 +68,7 @@ def choose(
   whole = (uniform < config.stored_fraction) & (stored.lengths > 0)
   lengths = jnp.zeros_like(stored.lengths)
   if config.prefix == "cosine":
-    limit = jnp.floor(prefix_limit(length, progress)).astype(jnp.int32)
+    limit = jnp.round(prefix_limit(length, progress)).astype(jnp.int32)
     lengths = jnp.minimum(limit, stored.lengths)
     if config.prefix_draw == "uniform":
       uniform = jax.random.uniform(for_prefix, (rows,))

@@ -1,5 +1,7 @@
 """tropd: worked numbers by the spec's coins, gradients, gates, refusals."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from opd_jax.objectives import base, reduce
 from tests.objectives import support
 
 COINS = jnp.array([[0.50, 0.99, 0.10], [0.30, 0.70, 0.0]], jnp.float32)
+PREFIX = jnp.array([[0, 0, 0], [1, 0, 0]], bool)
 PUSHED = [
   [
     [-0.048499, 0.024564, 0.009037, 0.014899],
@@ -29,18 +32,27 @@ def _create(**options):
   return objectives.create({"name": "tropd", "top_k": 2, **options})
 
 
-def _scores(objective, logits, shift=support.NO_SHIFT):
+def _scores(objective, logits, shift=support.NO_SHIFT, given=None):
+  """Scores on the fixture; `given` marks tokens the teacher wrote."""
   behavior = support.token_logprobs(support.STUDENT_LOGITS, support.TOKENS)
   by_role = {"student": logits, "teacher": support.TEACHER_LOGITS}
-  return support.scores_of(
+  scores = support.scores_of(
     objective.needs, by_role, support.TOKENS, support.MASK, behavior + shift
+  )
+  if given is None:
+    return scores
+  return dataclasses.replace(
+    scores,
+    sampled_mask=support.MASK & ~given,
+    behavior_valid=support.MASK & ~given,
+    behavior_logprobs=jnp.where(given, 0.0, scores.behavior_logprobs),
   )
 
 
-def _loss(objective, logits=support.STUDENT_LOGITS, coins=COINS, **shift):
+def _loss(objective, logits=support.STUDENT_LOGITS, coins=COINS, **others):
   """The loss with given coins."""
   signals = base.Signals(token={"uniform": coins})
-  terms, _ = objective.terms(_scores(objective, logits, **shift), signals)
+  terms, _ = objective.terms(_scores(objective, logits, **others), signals)
   counts = reduce.Counts.of(support.MASK)
   return sum(
     reduce.partial_sum(term, support.MASK, counts, signals)
@@ -55,8 +67,8 @@ def test_trust_and_the_two_sides():
     base.Signals(token={"uniform": COINS}),
   )
   for found, expected in (
-    (statistics["trust"], [[1, 1, 0.026231], [1, 0.828367, 1]]),
-    (statistics["inside"], [[1, 1, 0], [1, 1, 1]]),
+    (statistics["trust"], [[1, 1, 0.026231], [1, 0.828367, 0]]),
+    (statistics["inside"], [[1, 1, 0], [1, 1, 0]]),
     (terms["policy"], [[-0.444989, -0.284610, 0], [-0.185045, 0.188300, 0]]),
     (terms["outlier"], [[0, 0, 1.568666], [0, 0, 0]]),
   ):
@@ -80,6 +92,50 @@ def test_trust_and_the_two_sides():
 )
 def test_worked_numbers(options, expected):
   np.testing.assert_allclose(_loss(_create(**options)), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("guidance", "expected"),
+  [(None, 0.205510), (0.001, 0.205510), (0.1, 0.209174), (0.0, 0.205473)],
+)
+def test_worked_numbers_of_a_prefix(guidance, expected):
+  """The last by hand: without 0.1 * 0.185045 / 5 of the first two."""
+  objective = _create(guidance=guidance)
+  found = _loss(objective, given=PREFIX)
+  np.testing.assert_allclose(found, expected, atol=1e-5)
+  # Whether there must be given tokens is the option's.
+  assert objective.needs.given == ("must" if guidance else "may")
+
+
+def test_gradient_of_a_prefix():
+  """Imitation at the given token, all else as without it."""
+  gradient = jax.grad(
+    lambda logits: _loss(_create(guidance=0.1), logits, given=PREFIX)
+  )(support.STUDENT_LOGITS)
+  expected = np.array(PUSHED)
+  expected[1, 0] = [0.005, 0.005, 0.005, -0.015]
+  np.testing.assert_allclose(gradient, expected, atol=1e-5)
+
+
+def test_the_log_is_about_drawn_tokens():
+  objective = _create()
+  scores = _scores(objective, support.STUDENT_LOGITS, given=PREFIX)
+  signals = objective.prepare(scores, {}, support.schedule(0))
+  _, statistics = objective.terms(
+    scores, dataclasses.replace(signals, token={"uniform": COINS})
+  )
+  counts = reduce.Counts.of(support.MASK)
+  found = {
+    name: reduce.partial_sum(term, support.MASK, counts, signals)
+    for name, term in statistics.items()
+  }
+  drawn = [0.444989, 0.284610, -3.640821, -0.188300]
+  np.testing.assert_allclose(found["advantage"], np.mean(drawn), atol=1e-5)
+  np.testing.assert_allclose(found["ratio"], 1.0, atol=1e-6)
+  np.testing.assert_allclose(
+    found["trust"], (2 + 0.026231 + 0.828367) / 4, atol=1e-5
+  )
+  np.testing.assert_allclose(found["inside"], 0.75, atol=1e-6)
 
 
 def test_gradient():
@@ -186,7 +242,7 @@ def test_a_mask_needs_no_distributions():
 @pytest.mark.parametrize(
   ("options", "named"),
   [
-    ({"guidance": 0.001}, "rollouts cannot begin with given tokens yet"),
+    ({"guidance": -0.1}, "guidance must be >= 0, got -0.1"),
     ({"gate": "threshold"}, "need tau, .* got None"),
     ({"outlier": "clip", "tau": 0.5}, "need tau, .* got 0.5"),
     ({"tau": -1.0}, "tau = -1.0 has no meaning with gate='bernoulli'"),
