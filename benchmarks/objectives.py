@@ -34,11 +34,12 @@ def main() -> None:
     command += [f"--entry={entry.name}", f"--seed={seed}", f"--work={work}"]
     place = runs.folder(work, entry, seed)
     place.mkdir(parents=True, exist_ok=True)
-    with (place / "log").open("w") as log:
-      done = subprocess.run(command, cwd=REPO, stdout=log, stderr=log)
-    if done.returncode:
-      print(f"  failed: see {place / 'log'}", flush=True)
-      continue
+    if not (place / "record.json").exists():
+      with (place / "log").open("w") as log:
+        done = subprocess.run(command, cwd=REPO, stdout=log, stderr=log)
+      if done.returncode:
+        print(f"  failed: see {place / 'log'}", flush=True)
+        continue
     record = json.loads((place / "record.json").read_text())
     results.add(record, options.results)
 
