@@ -9,6 +9,7 @@ by the section of that name; tests/docs_test.py fails where a page is stale.
 import dataclasses
 import inspect
 import re
+import sys
 import textwrap
 import types
 import typing
@@ -170,6 +171,14 @@ def findings() -> str:
   return "\n".join(["| name | severity | meaning |", "|---|---|---|", *rows])
 
 
+def study(section: str) -> str:
+  """A part of the results of `benchmarks/objectives.py`."""
+  sys.path.insert(0, str(FOLDER.parent))
+  from benchmarks.study import results, tables
+
+  return getattr(tables, section)(results.read())
+
+
 SECTIONS = {
   "configuration": configuration,
   "sft": sft,
@@ -179,6 +188,10 @@ SECTIONS = {
   "supports": lambda: module_text(supports),
   "estimators": lambda: module_text(estimators),
   "findings": findings,
+  "study_objectives": lambda: study("objectives"),
+  "study_notes": lambda: study("notes"),
+  "study_claims": lambda: study("claimed"),
+  "study_circumstances": lambda: study("circumstances"),
 }
 
 

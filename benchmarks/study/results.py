@@ -1,5 +1,6 @@
-"""The file of results: read, written, and which runs it still lacks."""
+"""The file of results: read, written, and what it still lacks."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,29 +14,45 @@ FILE = REPO / "benchmarks" / "results" / "objectives.json"
 Record = dict[str, Any]
 
 
-def read(file: Path = FILE) -> list[Record]:
-  """The records of all runs; none if there is no file."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Results:
+  """What is in the file.
+
+  Attributes:
+    runs: a record each; see `runs.run`.
+    timings: milliseconds of a step by entry, and their circumstances; None
+      before they were measured.
+  """
+
+  runs: Sequence[Record] = ()
+  timings: Record | None = None
+
+
+def read(file: Path = FILE) -> Results:
+  """All there is; nothing if there is no file."""
   if not file.exists():
-    return []
-  return json.loads(file.read_text())["runs"]
+    return Results()
+  return Results(**json.loads(file.read_text()))
 
 
-def write(records: Sequence[Record], file: Path = FILE) -> None:
+def write(found: Results, file: Path = FILE) -> None:
   """A run a line, in the order of the entries."""
   order = {name: index for index, name in enumerate(ENTRIES)}
-  records = sorted(records, key=lambda r: (order[r["entry"]], r["seed"]))
-  lines = ",\n".join(json.dumps(record) for record in records)
+  runs = sorted(found.runs, key=lambda r: (order[r["entry"]], r["seed"]))
+  lines = ",\n".join(json.dumps(record) for record in runs)
+  timings = json.dumps(found.timings)
   file.parent.mkdir(parents=True, exist_ok=True)
   partial = file.with_suffix(".partial")
-  partial.write_text(f'{{"runs": [\n{lines}\n]}}\n')
+  partial.write_text(f'{{"timings": {timings},\n"runs": [\n{lines}\n]}}\n')
   partial.replace(file)
 
 
 def add(record: Record, file: Path = FILE) -> None:
-  """Puts a run in place of what there was of this entry and seed."""
+  """Puts a run in place of what there was of its entry and seed."""
   key = (record["entry"], record["seed"])
-  others = [r for r in read(file) if (r["entry"], r["seed"]) != key]
-  write([*others, record], file)
+  found = read(file)
+  others = [r for r in found.runs if (r["entry"], r["seed"]) != key]
+  write(dataclasses.replace(found, runs=[*others, record]), file)
 
 
 def missing(

@@ -159,13 +159,12 @@ def collect(records: list[dict[str, float]]) -> dict[str, Any]:
   """Curves and totals of the records of metrics.jsonl.
 
   A record is the mean over the steps since the one before. A metric that the
-  run did not compute is left out.
+  run did not compute is left out. Tokens are those drawn, or learned from
+  where none are.
   """
   records = [record for record in records if "time/step" in record]
   steps = np.diff([0, *(record["step"] for record in records)])
-  name = (
-    "rollout/tokens" if "rollout/tokens" in records[0] else "packing/tokens"
-  )
+  drawn = "rollout/tokens" in records[0]
 
   def total(metric: str) -> float:
     values = [record[metric] for record in records]
@@ -178,7 +177,7 @@ def collect(records: list[dict[str, float]]) -> dict[str, Any]:
   }
   return {
     "steps": int(records[-1]["step"]),
-    "tokens": round(total(name)),
+    "tokens": round(total("rollout/tokens" if drawn else "packing/learned")),
     "step_seconds": round(total("time/step"), 2),
     "curve_steps": [int(record["step"]) for record in records],
     "curves": curves,
@@ -273,10 +272,11 @@ def main() -> None:
   parser.add_argument("--seed", required=True, type=int)
   parser.add_argument("--work", required=True, type=Path)
   options = parser.parse_args()
+  work = options.work.absolute()
   os.chdir(REPO)
   entry = ENTRIES[options.entry]
-  record = run(entry, options.seed, options.work)
-  place = folder(options.work, entry, options.seed)
+  record = run(entry, options.seed, work)
+  place = folder(work, entry, options.seed)
   place.mkdir(parents=True, exist_ok=True)
   (place / "record.json").write_text(json.dumps(record) + "\n")
 

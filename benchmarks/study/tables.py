@@ -1,6 +1,6 @@
 """The results as markdown; `docs/generate.py` puts it into docs/results.md."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,77 +8,99 @@ import numpy as np
 from benchmarks.study import claims
 from benchmarks.study.claims import Claim, Comparison, Finding, accuracies
 from benchmarks.study.entries import TABLE
+from benchmarks.study.results import Results
 from benchmarks.study.runs import SAMPLES
 from opd_jax import estimates
 from opd_jax.estimates import Interval
 
 Record = Mapping[str, Any]
-NONE = "–"
+
+_COLUMNS = (
+  "avg@8",
+  "gain, points",
+  "entropy",
+  "teacher KL",
+  "gradient norm",
+  "tokens",
+  "ms/step",
+  "runs",
+)
 
 
-def objectives(records: Sequence[Record]) -> str:
-  """The table of all objectives."""
-  (student,) = _of("student", records)
+def objectives(found: Results) -> str:
+  """The table of all objectives, after the two models as shipped."""
+  (student,) = _of("student", found.runs)
   before = accuracies(student, "test")
   lines = [
-    "| | avg@8 | gain | entropy | teacher KL | gradient norm | tokens | "
-    "seconds | runs |",
-    "|---|---|---|---|---|---|---|---|---|",
+    f"| | {' | '.join(_COLUMNS)} |",
+    "|---" * (len(_COLUMNS) + 1) + "|",
   ]
   for name in ("student", "teacher"):
-    (record,) = _of(name, records)
+    (record,) = _of(name, found.runs)
     values = accuracies(record, "test")
-    low, high = estimates.interval(values, SAMPLES)
-    share = _share(float(np.mean(values)), Interval(low, high))
-    lines.append(f"| {name}, as shipped | {share}" + " | " * 7 + " |")
+    share = _share(float(np.mean(values)), estimates.interval(values, SAMPLES))
+    lines.append(f"| {name}, as shipped | {share}" + " |" * len(_COLUMNS))
+  times = (found.timings or {}).get("milliseconds", {})
   for entry in TABLE:
-    runs = _of(entry.name, records)
+    runs = _of(entry.name, found.runs)
     if runs:
-      lines.append(_row(entry.name, runs, before))
+      lines.append(_row(entry.name, runs, before, times.get(entry.name)))
   return "\n".join(lines)
 
 
-def _row(name: str, runs: Sequence[Record], before: np.ndarray) -> str:
+def _row(
+  name: str, runs: Sequence[Record], before: np.ndarray, time: float | None
+) -> str:
   values = np.array([accuracies(run, "test") for run in runs])
+  norms = np.array([run["curves"]["grad_norm"] for run in runs])
   cells = [
     f"`{name}`",
     _share(*estimates.crossed(values, SAMPLES)),
     _points(*estimates.crossed(values - before, SAMPLES)),
     _mean(run["probe"]["entropy"] for run in runs),
     _mean(run["probe"]["teacher_kl"] for run in runs),
-    _curve("grad_norm", runs),
+    f"{np.mean(norms):.2f}, then {np.mean(norms[:, -1]):.2f}",
     f"{np.mean([run['tokens'] for run in runs]):,.0f}",
-    f"{np.mean([run['step_seconds'] for run in runs]):.0f}",
+    "" if time is None else f"{time:.0f}",
     str(len(runs)),
   ]
   return f"| {' | '.join(cells)} |"
 
 
-def notes() -> str:
+def notes(found: Results) -> str:
   """What the entries of the table are, beyond their names."""
+  there = {record["entry"] for record in found.runs}
   return "\n".join(
-    f"- `{entry.name}`: {entry.note}." for entry in TABLE if entry.note
+    f"- `{entry.name}`: {entry.note}."
+    for entry in TABLE
+    if entry.note and entry.name in there
   )
 
 
-def claimed(records: Sequence[Record]) -> str:
-  """Every claim with what was found."""
-  return "\n\n".join(_claim(claim, records) for claim in claims.CLAIMS)
+def claimed(found: Results) -> str:
+  """Every claim of which something was found."""
+  parts = []
+  for claim in claims.CLAIMS:
+    findings = [
+      (comparison, finding)
+      for comparison in claim.comparisons
+      if (finding := claims.compare(comparison, found.runs)) is not None
+    ]
+    if findings:
+      parts.append(_claim(claim, findings))
+  return "\n\n".join(parts)
 
 
-def _claim(claim: Claim, records: Sequence[Record]) -> str:
+def _claim(claim: Claim, findings: Sequence[tuple[Comparison, Finding]]) -> str:
   lines = [
     f"### {claim.title}",
     "",
     f"{claim.source}. {claim.design}",
     "",
-    "| quantity | first | second | second - first | expected | |",
+    "| quantity | first | second | second less first | expected | |",
     "|---|---|---|---|---|---|",
+    *(_finding(*one) for one in findings),
   ]
-  for comparison in claim.comparisons:
-    finding = claims.compare(comparison, records)
-    if finding is not None:
-      lines.append(_finding(comparison, finding))
   return "\n".join(lines)
 
 
@@ -104,15 +126,21 @@ def _finding(comparison: Comparison, finding: Finding) -> str:
   return f"| {' | '.join(cells)} |"
 
 
-def circumstances(records: Sequence[Record]) -> str:
-  """When, where and with what the runs were made."""
+def circumstances(found: Results) -> str:
+  """When, where and with what the figures were made."""
+  text = f"Runs: {_circumstances(found.runs)}."
+  if found.timings is not None:
+    text += f" Times of a step: {_circumstances([found.timings])}."
+  return text
 
+
+def _circumstances(records: Sequence[Record]) -> str:
   def seen(key: str) -> str:
     return ", ".join(sorted({str(record[key]) for record in records}))
 
   return (
-    f"Made {seen('date')} at commit {seen('commit')}, with jax {seen('jax')}, "
-    f"Python {seen('python')}, on {seen('device')} with {seen('cores')} cores."
+    f"{seen('date')}, commit {seen('commit')}, jax {seen('jax')}, Python "
+    f"{seen('python')}, {seen('device')} with {seen('cores')} cores"
   )
 
 
@@ -130,11 +158,5 @@ def _points(mean: float, interval: Interval) -> str:
   return f"{100 * mean:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
-def _mean(values: Iterator[float]) -> str:
+def _mean(values: Iterable[float]) -> str:
   return f"{np.mean([*values]):.4f}"
-
-
-def _curve(name: str, runs: Sequence[Record]) -> str:
-  """Mean over the run, and the mean of its last record."""
-  curves = np.array([run["curves"][name] for run in runs])
-  return f"{np.mean(curves):.2f}, {np.mean(curves[:, -1]):.2f}"
