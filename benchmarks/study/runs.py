@@ -42,8 +42,8 @@ CURVES = {
 def config_values(entry: Entry, seed: int) -> dict[str, Any]:
   """The config of a run as nested dicts; "@NAME" stands as it is."""
   values = parsing.read(entry.config)
-  # Evaluated after the run, problem by problem.
-  values["eval"] = {}
+  # Evaluated after the run instead, problem by problem.
+  values |= {name: {} for name in ("eval", "held_out") if name in values}
   values["seed"] = seed
   values["log"] = {"every": 5, "sample_every": 100}
   if entry.command == "train":
@@ -112,8 +112,9 @@ def run(entry: Entry, seed: int, work: Path) -> dict[str, Any]:
   if entry.command != "eval":
     record |= trained(entry, values, place)
     checkpoint = str(place / "export")
-    teacher = values.get("teacher", {}).get("path")
-    record["probe"] = probe(checkpoint, teacher)
+    if entry.levels:
+      teacher = values.get("teacher", {}).get("path")
+      record["probe"] = probe(checkpoint, teacher)
   record["right"] = {
     name: right(checkpoint, levels) for name, levels in entry.levels.items()
   }
