@@ -59,7 +59,7 @@ def _row(
     _points(*estimates.crossed(values - before, SAMPLES)),
     _mean(run["probe"]["entropy"] for run in runs),
     _mean(run["probe"]["teacher_kl"] for run in runs),
-    f"{np.mean(norms):.2f}, then {np.mean(norms[:, -1]):.2f}",
+    f"{np.mean(norms):.2g}, then {np.mean(norms[:, -1]):.2g}",
     f"{np.mean([run['tokens'] for run in runs]):,.0f}",
     "" if time is None else f"{time:.0f}",
     str(len(runs)),
