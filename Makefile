@@ -21,7 +21,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup quickstart test quick unit lint format types hooks lock clean
+.PHONY: help setup quickstart study test quick unit lint format types hooks lock clean
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' \
@@ -33,6 +33,10 @@ quickstart: $(VENV)/.stamp-project ## Distil a small model, in minutes on a CPU.
 	rm -rf runs/quickstart
 	$(BIN)/opd-jax train --config=configs/quickstart.py \
 	  --workdir=runs/quickstart
+
+study: $(VENV)/.stamp-project ## Compare all objectives: hours on a CPU.
+	$(BIN)/python -m benchmarks.objectives --work=runs/study
+	$(BIN)/python docs/generate.py
 
 $(VENV)/.stamp-lock: requirements/lock-py311.txt requirements/lock-py312.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) \

@@ -12,6 +12,7 @@ import re
 import typing
 from pathlib import Path
 
+from benchmarks.study import results, tables
 from docs import objective_pages
 from docs.docstrings import (
   body,
@@ -82,6 +83,10 @@ SECTIONS = {
   "policy": lambda: f"{body(policy)}\n\n{body(policy.surrogate)}",
   "reductions": lambda: body(reduce.row_scale),
   "sft": sft,
+  "study_circumstances": lambda: tables.circumstances(results.read()),
+  "study_claims": lambda: tables.claimed(results.read()),
+  "study_notes": lambda: tables.notes(results.read()),
+  "study_objectives": lambda: tables.objectives(results.read()),
   "supports": lambda: body(supports),
 }
 

@@ -189,3 +189,66 @@ def difference(
   squares = float(np.sum((differences - mean) ** 2)) + 1 / samples**2
   half = float(stdtrit(count, 0.975)) * math.sqrt(squares / count / (count + 1))
   return mean, Interval(max(mean - half, -1.0), min(mean + half, 1.0))
+
+
+def crossed(
+  values: Float[np.ndarray, "S N"], samples: int
+) -> tuple[float, Interval]:
+  """The mean over runs and problems, and 95 % for it; both are draws.
+
+  For what is said of a way to train, not of one model. Runs that differ in
+  their seed meet the same problems, and the variance of the mean is that of
+  two crossed random effects,
+
+    max(M_S + M_N - M_R, M_S, M_N) / (S N)
+
+  with the mean squares of runs, problems and the rest, Student's quantile, and
+  the degrees of freedom that Satterthwaite gives to the sum. A few runs say
+  little of how runs differ: with S = 3 the interval is up to twice as wide as
+  the problems alone would make it. As in `difference` one problem is added, so
+  that it is never of width 0.
+
+  In simulations (`tests/estimates_test.py`) it covers at 94 to 98 %, most
+  where runs do not differ at all; the interval over the problems alone covers
+  at 44 % where they differ by 3 points.
+
+  Args:
+    values: of a run on a problem: an accuracy in [0, 1], or the difference of
+      two runs of one seed on it, in [-1, 1].
+    samples: that a value is a mean of.
+
+  Returns:
+    The mean, and the ends, in [-1, 1]; those of `difference` for one run.
+  """
+  runs, count = values.shape
+  if runs == 1:
+    return difference(np.zeros(count), values[0], samples)
+  mean = float(np.mean(values))
+  of_runs = values.mean(axis=1) - mean
+  of_problems = values.mean(axis=0) - mean
+  rest = values - mean - of_runs[:, None] - of_problems
+  extra = 1 / (samples * runs) ** 2
+  run_square = count * float(of_runs @ of_runs) / (runs - 1)
+  problem_square = runs * float(of_problems @ of_problems + extra) / count
+  rest_square = float(np.sum(rest**2)) / ((runs - 1) * (count - 1))
+  square = max(
+    run_square + problem_square - rest_square, run_square, problem_square
+  )
+  freedom = square**2 / (run_square**2 / (runs - 1) + problem_square**2 / count)
+  half = float(stdtrit(freedom, 0.975)) * math.sqrt(square / values.size)
+  return mean, Interval(max(mean - half, -1.0), min(mean + half, 1.0))
+
+
+def over_runs(values: Float[np.ndarray, " S"]) -> tuple[float, Interval]:
+  """The mean of a number per run, and Student's 95 % for it.
+
+  Args:
+    values: such as differences of two runs of one seed; at least two.
+  """
+  count = len(values)
+  if count < 2:
+    raise ValueError(f"an interval needs at least 2 runs, got {count}")
+  mean = float(np.mean(values))
+  error = float(np.std(values, ddof=1)) / math.sqrt(count)
+  half = float(stdtrit(count - 1, 0.975)) * error
+  return mean, Interval(mean - half, mean + half)

@@ -6,6 +6,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from scipy.special import stdtrit
 
 from opd_jax import estimates
 
@@ -268,3 +269,90 @@ def test_a_difference_is_paired_and_has_a_width():
   mean, (low, high) = estimates.difference(before, before, 8)
   assert mean == 0
   assert -0.01 < low < 0 < high < 0.01
+
+
+# (runs, problems, samples, standard deviation of runs)
+CROSSED = [
+  (3, 250, 8, 0.0),
+  (3, 250, 8, 0.01),
+  (3, 250, 8, 0.03),
+  (5, 250, 8, 0.01),
+  (5, 60, 4, 0.03),
+]
+
+
+def crossed_differences(rng, runs, problems, samples, spread):
+  """Of two ways to train that are equally good, on the same problems."""
+  chance = rng.beta(6.3, 2.7, problems)
+
+  def accuracies():
+    shift = rng.normal(0, spread, (runs, 1))
+    return rng.binomial(samples, np.clip(chance + shift, 0, 1)) / samples
+
+  return accuracies() - accuracies()
+
+
+@pytest.mark.parametrize("setting", CROSSED, ids=str)
+def test_the_interval_over_runs_and_problems_covers(setting):
+  rng = np.random.default_rng(CROSSED.index(setting))
+  covered = []
+  for _ in range(2000):
+    values = crossed_differences(rng, *setting)
+    mean, (low, high) = estimates.crossed(values, setting[2])
+    assert mean == pytest.approx(np.mean(values))
+    covered.append(low <= 0 <= high)
+  assert 0.93 <= np.mean(covered) <= 0.99
+
+
+def test_the_interval_over_problems_alone_does_not_cover_other_runs():
+  rng = np.random.default_rng(0)
+  covered = []
+  for _ in range(2000):
+    values = crossed_differences(rng, 3, 250, 8, 0.03)
+    _, (low, high) = estimates.difference(
+      np.zeros(250), values.mean(axis=0), 24
+    )
+    covered.append(low <= 0 <= high)
+  assert np.mean(covered) < 0.5
+
+
+def test_crossed_by_hand():
+  """Two runs, three problems, by the analysis of variance; in twelfths.
+
+  Means: runs 2, 6; problems 3, 3, 6; all 4. Sums of squares: runs
+  3 (4 + 4) = 24, problems 2 (1 + 1 + 4) = 12, residuals 1, 1, -2, -1, -1, 2:
+  12.
+  """
+  values = np.array([[2, 2, 2], [4, 4, 10]]) / 12
+  mean, (low, high) = estimates.crossed(values, 10**9)
+  assert mean == pytest.approx(4 / 12)
+  # M_S = 24 / 1, M_N = 12 / 3 (a problem is added), M_R = 12 / 2; and
+  # M_S + M_N - M_R = 22 is less than M_S.
+  square, freedom = 24 / 144, 24**2 / (24**2 / 1 + 4**2 / 3)
+  half = stdtrit(freedom, 0.975) * (square / 6) ** 0.5
+  assert (low, high) == pytest.approx(
+    (max(4 / 12 - half, -1), min(4 / 12 + half, 1))
+  )
+
+
+def test_one_run_is_the_paired_difference():
+  rng = np.random.default_rng(0)
+  values = rng.uniform(-1, 1, (1, 50))
+  assert estimates.crossed(values, 8) == estimates.difference(
+    np.zeros(50), values[0], 8
+  )
+
+
+def test_crossed_has_a_width():
+  _, (low, high) = estimates.crossed(np.full((3, 50), 0.5), 8)
+  assert 0.49 < low < 0.5 < high < 0.51
+
+
+def test_over_runs_is_students_interval():
+  """0.1, 0.2, 0.6: mean 0.3, s = sqrt(0.07); 4.3027 at 2 degrees."""
+  mean, (low, high) = estimates.over_runs(np.array([0.1, 0.2, 0.6]))
+  half = 4.30265 * (0.07 / 3) ** 0.5
+  assert mean == pytest.approx(0.3)
+  assert (low, high) == pytest.approx((0.3 - half, 0.3 + half), abs=1e-5)
+  with pytest.raises(ValueError, match="2 runs"):
+    estimates.over_runs(np.array([0.1]))

@@ -20,6 +20,16 @@ Rewards come from the run's verifier (`reward` in the config), so a step is two
 programs with the host between them. No teacher is scored; `teacher` in the
 config must still name one, and may name the student's own checkpoint.
 
+Descends: the negative of the expected reward, relative to the other
+completions of a prompt; no teacher.
+
+Off policy: a ratio, with PPO's clips as the default.
+
+Use it when: answers can be verified and a comparison must show what rewards
+give without a teacher. It learns only from prompts whose completions differ in
+reward, and needs several of each. Prefer a distillation objective where there
+is a teacher.
+
 Source: Shao et al., "DeepSeekMath", arXiv 2402.03300, Eq. 3, outcome
 supervision of section 4.1.2; normalize_std as in arXiv 2503.20783;
 clip_high > clip_low and reduction="token_mean" as in DAPO, arXiv 2503.14476;
@@ -29,10 +39,8 @@ Differs: the paper's penalty is the k3 estimate of KL(student || reference),
 differentiated, whose expected gradient is that of KL(reference || student);
 here it is k2, whose expected gradient is that of the KL it stands for (see
 `estimators`). It is right for tokens from the student's whole distribution, and
-kl > 0 refuses sampling filters. The paper's kl is 0.04; the default is 0, as
-runs with verified rewards have it since, and needs no reference. A rollout
-batch gets one update, so that clips bite on what sampler and scorer differ by
-only.
+kl > 0 refuses sampling filters and several updates. The paper's kl is 0.04; the default is 0, as
+runs with verified rewards have it since, and needs no reference.
 """
 
 import dataclasses
@@ -95,6 +103,7 @@ def needs(config: Config) -> Needs:
     rewards=True,
     groups=True,
     pure_sampling=config.kl > 0,
+    single_update=config.kl > 0,
   )
 
 
