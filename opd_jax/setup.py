@@ -237,10 +237,6 @@ def make_step(setup: Setup, mesh: Mesh | None = None) -> Step:
   teacher_decoder = None
   if teacher_mix > 0:
     teacher_decoder = Model(setup.teacher, decode, config.teacher.compute_dtype)
-    try:
-      teacher_decoder.abstract_params()
-    except InputError as error:
-      raise InputError(f"teacher, which draws too: {error}") from error
   return Step(
     decoder=Model(setup.student, decode, config.student.compute_dtype),
     teacher_decoder=teacher_decoder,
