@@ -23,7 +23,7 @@ from docs.docstrings import (
   summary,
   table,
 )
-from opd_jax import config
+from opd_jax import config, selector
 from opd_jax.objectives import estimators, policy, reduce, supports
 from opd_jax.objectives.divergences import DIVERGENCES, PARAMETERS
 from opd_jax.preflight import KINDS
@@ -82,6 +82,7 @@ SECTIONS = {
   "objectives": objective_pages.catalogue,
   "policy": lambda: f"{body(policy)}\n\n{body(policy.surrogate)}",
   "reductions": lambda: body(reduce.row_scale),
+  "selection": lambda: body(selector),
   "sft": sft,
   "study_circumstances": lambda: tables.circumstances(results.read()),
   "study_claims": lambda: tables.claimed(results.read()),

@@ -352,10 +352,6 @@ def make_step(setup: Setup, mesh: Mesh | None = None) -> Step:
   teacher_decoder = None
   if config.rollout.teacher_mix > 0:
     teacher_decoder = Model(setup.teacher, decode, config.teacher.compute_dtype)
-    try:
-      teacher_decoder.abstract_params()
-    except InputError as error:
-      raise InputError(f"teacher, which draws too: {error}") from error
   selector = None
   if config.selection is not None:
     selector = Selector(config=config.selection, vocab_size=setup.vocab_size)
