@@ -71,9 +71,19 @@ def test_the_sections_of_docstrings_are_those_of_the_contract():
 @pytest.mark.parametrize(
   ("name", "passes", "seen", "conditions"),
   [
-    ("gkd", {"student": 3, "teacher": 1}, "vocabulary", []),
-    ("opd_k2", {"student": 3, "teacher": 1}, "tokens", ["pure_sampling"]),
-    ("exopd", {"student": 3, "teacher": 1, "reference": 1}, "tokens", []),
+    ("gkd", {"student": 3, "teacher": 1}, "vocabulary", ["given"]),
+    (
+      "opd_k2",
+      {"student": 3, "teacher": 1},
+      "tokens",
+      ["pure_sampling", "single_update"],
+    ),
+    (
+      "exopd",
+      {"student": 3, "teacher": 1, "reference": 1},
+      "tokens",
+      ["start"],
+    ),
     (
       "reopold",  # Its `prepare` has read all that is read of the teacher.
       {"student": 4, "teacher": 1},
@@ -81,7 +91,7 @@ def test_the_sections_of_docstrings_are_those_of_the_contract():
       [],
     ),
     ("constant_negative_advantage", {"student": 3}, "tokens", []),
-    ("tropd", {"student": 3, "teacher": 1}, "tokens, top 64", []),
+    ("tropd", {"student": 3, "teacher": 1}, "tokens, top 64", ["given"]),
   ],
 )
 def test_needs_on_the_pages(name, passes, seen, conditions):

@@ -39,8 +39,9 @@ Differs: the paper's penalty is the k3 estimate of KL(student || reference),
 differentiated, whose expected gradient is that of KL(reference || student);
 here it is k2, whose expected gradient is that of the KL it stands for (see
 `estimators`). It is right for tokens from the student's whole distribution, and
-kl > 0 refuses sampling filters and several updates. The paper's kl is 0.04; the default is 0, as
-runs with verified rewards have it since, and needs no reference.
+kl > 0 refuses sampling filters and several updates. The paper's kl is 0.04; the
+default is 0, as runs with verified rewards have it since, and needs no
+reference.
 """
 
 import dataclasses
