@@ -70,6 +70,7 @@ def main() -> None:
       selector = case and Selector(config=case, vocab_size=reference.VOCAB)
       changed = dataclasses.replace(step, selector=selector)
       programs[chunk_tokens, case] = compiled(changed.update_from, arguments)
+      print(f"compiled {len(programs)} of {2 * len(CASES)}", flush=True)
   seconds = {key: [] for key in programs}
   for _ in range(options.rounds + 1):
     for key, program in programs.items():

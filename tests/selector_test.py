@@ -262,7 +262,8 @@ def chosen_by_hand(options, logits, mask):
 
 
 def _assert_close(left, right, atol=1e-6):
-  scale = max(1.0, *(float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(left)))
+  sizes = (float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(left))
+  scale = max([1.0, *sizes])
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=atol * scale),
     left,
