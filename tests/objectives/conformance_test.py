@@ -60,11 +60,15 @@ def kl(p, q):
 
 @dataclasses.dataclass(frozen=True)
 class World:
-  """Logits of all prefixes, [prefix, id]; `behavior` draws the tokens."""
+  """Logits of all prefixes, [prefix, id]; `behavior` draws the tokens.
+
+  Those it draws may be `given` to the student, who then has drawn none.
+  """
 
   teacher: Any
   reference: Any
   behavior: Any
+  given: bool = False
 
   def reach(self, logits):
     """The probability that a completion comes by each prefix."""
@@ -104,6 +108,7 @@ class Case:
     claim: the quantity, of a world and the student's logits.
     options: besides the name.
     off_policy: the tokens come from a behavior that is not the student.
+    given: they come from the teacher, and the student is given them.
     reduction: "sum" makes the loss of a completion the sum over its tokens;
       None for an objective without this option.
   """
@@ -111,6 +116,7 @@ class Case:
   claim: Callable[[World, Any], Any]
   options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   off_policy: bool = False
+  given: bool = False
   reduction: str | None = "sum"
 
   def create(self, name):
@@ -183,6 +189,22 @@ def over_visited(quantity):
 def whole_sequence(world, student):
   """KL of whole completions, student || teacher."""
   return world.sequence(student, reverse_kl)
+
+
+def forward_sequence(world, student):
+  """KL of whole completions, teacher || student."""
+  of_both = [jax.nn.log_softmax(x, axis=-1) for x in (world.teacher, student)]
+  total = 0.0
+  for completion in COMPLETIONS:
+    teacher, ours = (
+      sum(
+        logprobs[ROW[completion[:step]], token]
+        for step, token in enumerate(completion)
+      )
+      for logprobs in of_both
+    )
+    total += jnp.exp(teacher) * (teacher - ours)
+  return total
 
 
 def less_kl_to_behavior(world, student):
@@ -322,6 +344,11 @@ CASES: dict[str, tuple[Case, ...]] = {
     Case(over_visited(trust_region), EXPECTED),
     Case(over_visited(of_generator(trusted)), {**EXPECTED, "outlier": "mask"}),
     Case(
+      lambda world, student: 0.4 * forward_sequence(world, student),
+      {"guidance": 0.4, "top_k": 2},
+      given=True,
+    ),
+    Case(
       bounded(-0.5),
       {"gate": "threshold", "outlier": "clip", "tau": -0.5},
       off_policy=True,
@@ -346,6 +373,8 @@ CASES: dict[str, tuple[Case, ...]] = {
     Case(over_visited(reverse_kl)),
     Case(over_visited(forward_kl), {"beta": 0.0}),
     Case(over_visited(jsd(0.3)), {"beta": 0.3}, off_policy=True),
+    Case(forward_sequence, {"beta": 0.0}, given=True),
+    Case(over_visited(reverse_kl), given=True),
     Case(
       over_visited(of_generator(lambda u: (u - 1) * jnp.log(u))),
       {"divergence": "jeffreys"},
@@ -398,6 +427,7 @@ CASES: dict[str, tuple[Case, ...]] = {
   ),
   "distillm": (
     Case(over_visited(skewed(0.1, "forward"))),
+    Case(over_visited(skewed(0.1, "forward")), given=True),
     Case(
       over_visited(skewed(0.4, "reverse")),
       {"divergence": "skew_reverse_kl", "alpha": 0.4},
@@ -420,14 +450,17 @@ CASES: dict[str, tuple[Case, ...]] = {
 }
 
 
-def make_world(off_policy):
+def make_world(off_policy, given=False):
   """Student logits and the world around them; seeds chosen once."""
   rng = np.random.default_rng(4)
   shape = (len(PREFIXES), VOCAB)
   student, teacher, reference, shift = (rng.normal(size=shape) for _ in "strb")
   behavior = student + 0.2 * shift if off_policy else student
   return jnp.asarray(student), World(
-    jnp.asarray(teacher), jnp.asarray(reference), jnp.asarray(behavior)
+    jnp.asarray(teacher),
+    jnp.asarray(reference),
+    jnp.asarray(teacher if given else behavior),
+    given,
   )
 
 
@@ -445,6 +478,8 @@ def expected_gradient(objective, student, world):
   behavior = jnp.where(mask, behavior, 0.0)
   chance = jnp.exp(jnp.sum(behavior, axis=1))
   np.testing.assert_allclose(jnp.sum(chance), 1.0, atol=1e-12)
+  if world.given:
+    behavior = jnp.zeros_like(behavior)
 
   def gradient(rows, tokens, mask, behavior):
     def loss(table):
@@ -458,7 +493,12 @@ def expected_gradient(objective, student, world):
       }
       logits["student_privileged"] = logits["student"]
       return support.loss_of(
-        objective, logits, tokens[None], mask[None], behavior[None]
+        objective,
+        logits,
+        tokens[None],
+        mask[None],
+        behavior[None],
+        given=world.given,
       )[0]
 
     return jax.grad(loss)(student)
@@ -474,6 +514,7 @@ def all_cases():
     for case in cases:
       words = [f"{key}={value}" for key, value in case.options.items()]
       words += ["off_policy"] if case.off_policy else []
+      words += ["given"] if case.given else []
       yield pytest.param(name, case, id="-".join([name, *words]))
 
 
@@ -485,7 +526,7 @@ def test_every_objective_says_what_it_descends():
 @pytest.mark.parametrize(("name", "case"), list(all_cases()))
 def test_expected_gradient_is_that_of_the_claim(name, case):
   with jax.enable_x64(True):
-    student, world = make_world(case.off_policy)
+    student, world = make_world(case.off_policy, case.given)
     found = expected_gradient(case.create(name), student, world)
     claimed = jax.grad(lambda table: case.claim(world, table))(student)
     assert found.dtype == jnp.float64

@@ -64,14 +64,15 @@ def model_scores(logits, tokens, mask, request):
   )
 
 
-def scores_of(needs, logits, tokens, mask, behavior_logprobs):
-  """Scores from a dict of logits by role."""
+def scores_of(needs, logits, tokens, mask, behavior_logprobs, *, given=False):
+  """Scores from a dict of logits by role; `given`: no token is drawn."""
   empty = ModelScores()
+  drawn = mask & (not given)
   return Scores(
     tokens=tokens,
-    sampled_mask=mask,
+    sampled_mask=drawn,
     loss_mask=mask,
-    behavior_valid=mask,
+    behavior_valid=drawn,
     behavior_logprobs=behavior_logprobs,
     group=jnp.arange(tokens.shape[0], dtype=jnp.int32),
     **{
@@ -101,20 +102,20 @@ def loss_of(
   state=None,
   step=0,
   at=None,
+  given=False,
 ):
   """The reduced loss of a whole batch, and the terms by name.
 
   `at` is a whole schedule, in place of that of `step`.
   """
-  before = scores_of(
-    objective.prepare_needs, logits, tokens, mask, behavior_logprobs
-  )
+  batch = (logits, tokens, mask, behavior_logprobs)
+  before = scores_of(objective.prepare_needs, *batch, given=given)
   signals = objective.prepare(
     before,
     objective.init_state() if state is None else state,
     schedule(step) if at is None else at,
   )
-  scores = scores_of(objective.needs, logits, tokens, mask, behavior_logprobs)
+  scores = scores_of(objective.needs, *batch, given=given)
   terms, _ = objective.terms(scores, signals)
   counts = reduce.Counts.of(jnp.asarray(mask))
   losses = {
