@@ -99,18 +99,22 @@ def test_what_a_step_trains_on(filled):
 def test_the_threshold_follows_the_loss():
   threshold = Threshold(RolloutConfig(replay_capacity=5))
   values = []
-  for loss in (2.0, 2.05, 2.1, 2.15, 1.0, 2.2, 2.3):
+  for loss in (2.0, 2.05, 2.11, 2.15, 1.0, 2.22, 2.35):
     threshold.observe(loss)
     values.append(threshold.value)
     # A resumed run goes on with the same.
     state = json.loads(json.dumps(threshold.get_state()))
     threshold = Threshold(RolloutConfig(replay_capacity=5))
     threshold.set_state(state)
-  # The reference is 2.0, then 2.1, then 2.2; the low 1.0 does not move it.
+  # The reference is 2.0, 2.11, 2.22, 2.35; the low 1.0 does not move it.
   np.testing.assert_allclose(values, [0, 0, 0.1, 0.1, 0.1, 0.2, 0.3])
   for loss in range(3, 13):
     threshold.observe(float(loss))
   assert threshold.value == 1.0
+
+
+# Of ten, whose uniforms with this seed are 0.285, 0.640 and 0.922.
+STEPS = (0, 3, 8)
 
 
 @functools.cache
@@ -134,7 +138,7 @@ def steps_of(devices, mode="fused"):
   programs = [step.train, step.rollout, step.update_from]
   run, draw, update = map(jax.jit, programs)
   shown = []
-  for number in (0, 7, 8, 9):  # Late in the run little is drawn.
+  for number in STEPS:
     state = dataclasses.replace(state, step=jnp.int32(number))
     if mode == "fused":
       state, metrics, rollout = run(state, frozen, inputs)
@@ -152,27 +156,27 @@ def steps_of(devices, mode="fused"):
   return shown, jax.device_get((state.params, state.replay))
 
 
-def test_replayed_steps_train_on_what_was_drawn():
+def test_a_step_draws_replays_or_takes_what_is_stored():
   shown, _ = steps_of(1)
   given, filled, tokens, prompts = zip(*shown, strict=True)
-  assert filled == (0.0, 8.0, 8.0, 8.0)
-  assert given[0] == 0.0
-  drawn = {(*row, *prompt) for row, prompt in zip(tokens[0], prompts[0])}  # noqa: B905
-  replayed = [
-    index
-    for index in (1, 2, 3)
-    if {(*row, *prompt) for row, prompt in zip(tokens[index], prompts[index])}  # noqa: B905
-    == drawn
-  ]
-  assert replayed
-  assert all(given[index] == 1.0 for index in replayed)
+  assert given == (0.0, 1.0, 1.0)
+  assert filled == (8.0, 8.0, 8.0)
+
+  def rows(index):
+    both = np.concatenate([prompts[index], tokens[index]], axis=1)
+    return sorted(map(tuple, both.tolist()))
+
+  # All that the full buffer holds, in an order of its own.
+  assert rows(1) == rows(0)
+  assert not np.array_equal(tokens[1], tokens[0])
+  assert (tokens[2] == [40, 40, 0, 0, 0, 0, 0]).all()
 
 
 @pytest.mark.parametrize(("devices", "mode"), [(1, "split"), (8, "fused")])
 def test_two_programs_and_eight_devices_are_one(devices, mode):
   shown, (params, replay) = steps_of(1)
   other, (other_params, other_replay) = steps_of(devices, mode)
-  jax.tree.map(np.testing.assert_array_equal, other[:2], shown[:2])
+  jax.tree.map(np.testing.assert_array_equal, other, shown)
   if devices == 1:
     jax.tree.map(np.testing.assert_array_equal, other_replay, replay)
   jax.tree.map(

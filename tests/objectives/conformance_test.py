@@ -60,11 +60,15 @@ def kl(p, q):
 
 @dataclasses.dataclass(frozen=True)
 class World:
-  """Logits of all prefixes, [prefix, id]; `behavior` draws the tokens."""
+  """Logits of all prefixes, [prefix, id]; `behavior` draws the tokens.
+
+  Those it draws may be `given` to the student, who then has drawn none.
+  """
 
   teacher: Any
   reference: Any
   behavior: Any
+  given: bool = False
 
   def reach(self, logits):
     """The probability that a completion comes by each prefix."""
@@ -106,6 +110,7 @@ class Case:
     off_policy: the tokens come from a behavior that is not the student.
     moved: that behavior is the student before the first of several updates.
     teacher_mix: the teacher's weight in a mixture that draws the tokens.
+    given: they come from the teacher, and the student is given them.
     reduction: "sum" makes the loss of a completion the sum over its tokens;
       None for an objective without this option.
     rollouts: completions of the prompt that are enumerated together.
@@ -116,6 +121,7 @@ class Case:
   off_policy: bool = False
   moved: bool = False
   teacher_mix: float = 0.0
+  given: bool = False
   reduction: str | None = "sum"
   rollouts: int = 1
 
@@ -189,6 +195,22 @@ def over_visited(quantity):
 def whole_sequence(world, student):
   """KL of whole completions, student || teacher."""
   return world.sequence(student, reverse_kl)
+
+
+def forward_sequence(world, student):
+  """KL of whole completions, teacher || student."""
+  of_both = [jax.nn.log_softmax(x, axis=-1) for x in (world.teacher, student)]
+  total = 0.0
+  for completion in COMPLETIONS:
+    teacher, ours = (
+      sum(
+        logprobs[ROW[completion[:step]], token]
+        for step, token in enumerate(completion)
+      )
+      for logprobs in of_both
+    )
+    total += jnp.exp(teacher) * (teacher - ours)
+  return total
 
 
 def less_kl_to_behavior(world, student):
@@ -389,6 +411,11 @@ CASES: dict[str, tuple[Case, ...]] = {
     Case(over_visited(trust_region), EXPECTED),
     Case(over_visited(of_generator(trusted)), {**EXPECTED, "outlier": "mask"}),
     Case(
+      lambda world, student: 0.4 * forward_sequence(world, student),
+      {"guidance": 0.4, "top_k": 2},
+      given=True,
+    ),
+    Case(
       bounded(-0.5),
       {"gate": "threshold", "outlier": "clip", "tau": -0.5},
       off_policy=True,
@@ -425,6 +452,8 @@ CASES: dict[str, tuple[Case, ...]] = {
     Case(over_visited(reverse_kl)),
     Case(over_visited(forward_kl), {"beta": 0.0}),
     Case(over_visited(jsd(0.3)), {"beta": 0.3}, off_policy=True),
+    Case(forward_sequence, {"beta": 0.0}, given=True),
+    Case(over_visited(reverse_kl), given=True),
     Case(
       over_visited(of_generator(lambda u: (u - 1) * jnp.log(u))),
       {"divergence": "jeffreys"},
@@ -477,6 +506,7 @@ CASES: dict[str, tuple[Case, ...]] = {
   ),
   "distillm": (
     Case(over_visited(skewed(0.1, "forward"))),
+    Case(over_visited(skewed(0.1, "forward")), given=True),
     Case(
       over_visited(skewed(0.4, "reverse")),
       {"divergence": "skew_reverse_kl", "alpha": 0.4},
@@ -505,7 +535,7 @@ CASES: dict[str, tuple[Case, ...]] = {
 }
 
 
-def make_world(off_policy, teacher_mix=0.0):
+def make_world(off_policy, teacher_mix=0.0, given=False):
   """Student logits and the world around them; seeds chosen once."""
   rng = np.random.default_rng(4)
   shape = (len(PREFIXES), VOCAB)
@@ -515,7 +545,10 @@ def make_world(off_policy, teacher_mix=0.0):
     mixture = teacher_mix * softmax(teacher)
     behavior = jnp.log(mixture + (1 - teacher_mix) * softmax(behavior))
   return jnp.asarray(student), World(
-    jnp.asarray(teacher), jnp.asarray(reference), jnp.asarray(behavior)
+    jnp.asarray(teacher),
+    jnp.asarray(reference),
+    jnp.asarray(teacher if given else behavior),
+    given,
   )
 
 
@@ -537,6 +570,8 @@ def expected_gradient(objective, student, world, moved=False, rollouts=1):
   behavior = jnp.where(mask, behavior, 0.0)
   chance = jnp.exp(jnp.sum(behavior, axis=1))
   np.testing.assert_allclose(jnp.sum(chance), 1.0, atol=1e-12)
+  if world.given:
+    behavior = jnp.zeros_like(behavior)
 
   groups = jnp.asarray(
     list(itertools.product(range(len(COMPLETIONS)), repeat=rollouts))
@@ -560,6 +595,7 @@ def expected_gradient(objective, student, world, moved=False, rollouts=1):
         mask,
         behavior,
         start=behavior if moved else None,
+        given=world.given,
         group=jnp.zeros(rollouts, jnp.int32),
         rewards=rewards,
       )[0]
@@ -580,6 +616,7 @@ def all_cases():
       words += ["off_policy"] if case.off_policy else []
       words += ["moved"] if case.moved else []
       words += [f"teacher_mix={case.teacher_mix}"] if case.teacher_mix else []
+      words += ["given"] if case.given else []
       yield pytest.param(name, case, id="-".join([name, *words]))
 
 
@@ -591,7 +628,7 @@ def test_every_objective_says_what_it_descends():
 @pytest.mark.parametrize(("name", "case"), list(all_cases()))
 def test_expected_gradient_is_that_of_the_claim(name, case):
   with jax.enable_x64(True):
-    student, world = make_world(case.off_policy, case.teacher_mix)
+    student, world = make_world(case.off_policy, case.teacher_mix, case.given)
     found = expected_gradient(
       case.create(name), student, world, case.moved, case.rollouts
     )

@@ -67,13 +67,22 @@ def model_scores(logits, tokens, mask, request):
 
 
 def scores_of(
-  needs, logits, tokens, mask, behavior_logprobs, start=None, **by_row
+  needs,
+  logits,
+  tokens,
+  mask,
+  behavior_logprobs,
+  *,
+  start=None,
+  given=False,
+  group=None,
+  rewards=None,
 ):
   """Scores from a dict of logits by role.
 
   `start` are the student's log-probabilities before the first of several
-  updates; None where this is the first. `by_row` are `group` and `rewards`;
-  without them every row is a group of its own, and right.
+  updates; None where this is the first. With `given` no token is drawn. Without
+  `group` and `rewards` every row is a group of its own, and right.
   """
   if start is None:
     needs = needs.starting_here()
@@ -82,13 +91,16 @@ def scores_of(
     student = model_scores(logits["student"], tokens, mask, needs.student)
     start = jax.lax.stop_gradient(student.logprobs)
   rows = tokens.shape[0]
-  group = by_row.get("group", jnp.arange(rows, dtype=jnp.int32))
-  rewards = by_row.get("rewards", jnp.ones(rows, jnp.float32))
+  if group is None:
+    group = jnp.arange(rows, dtype=jnp.int32)
+  if rewards is None:
+    rewards = jnp.ones(rows, jnp.float32)
+  drawn = mask & (not given)
   return Scores(
     tokens=tokens,
-    sampled_mask=mask,
+    sampled_mask=drawn,
     loss_mask=mask,
-    behavior_valid=mask,
+    behavior_valid=drawn,
     behavior_logprobs=behavior_logprobs,
     group=group,
     rewards=rewards if needs.rewards else None,
@@ -120,28 +132,23 @@ def loss_of(
   state=None,
   step=0,
   at=None,
-  start=None,
-  **by_row,
+  **rows,
 ):
   """The reduced loss of a whole batch, and the terms by name.
 
-  `at` is a whole schedule, in place of that of `step`; `start` and `by_row` as
-  in `scores_of`.
+  `at` is a whole schedule, in place of that of `step`; `rows` as in `scores_of`.
   """
   needs = dataclasses.replace(
     objective.prepare_needs, rewards=objective.needs.rewards
   )
-  before = scores_of(
-    needs, logits, tokens, mask, behavior_logprobs, start, **by_row
-  )
+  batch = (logits, tokens, mask, behavior_logprobs)
+  before = scores_of(needs, *batch, **rows)
   signals = objective.prepare(
     before,
     objective.init_state() if state is None else state,
     schedule(step) if at is None else at,
   )
-  scores = scores_of(
-    objective.needs, logits, tokens, mask, behavior_logprobs, start, **by_row
-  )
+  scores = scores_of(objective.needs, *batch, **rows)
   terms, _ = objective.terms(scores, signals)
   counts = reduce.Counts.of(jnp.asarray(mask))
   losses = {
