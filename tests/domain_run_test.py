@@ -167,3 +167,24 @@ def test_a_run_goes_on_and_tells_of_each_source(folder, one_device, tmp_path):
     for name in ("whole", "alone")
   )
   assert abs(losses[0] - others[0]) > 1e-3
+
+
+def test_the_teacher_that_is_evaluated(folder, one_device, monkeypatch):
+  """It is `teacher`, with its own weights, whatever others there are."""
+  source = {"path": str(folder / "held_out.jsonl"), "answer": "{text}"}
+  found = []
+  for changes in ({}, {"domain_teachers": {}}):
+    config = config_of(
+      folder,
+      eval={"source": source, "verifier": "exact", "teacher": True, "seed": 3},
+      **changes,
+    )
+    setup = setup_lib.prepare(config)
+    step = setup_lib.make_step(setup)
+    task = train_lib.Distillation(setup, step, preflight.inspect(setup, step))
+    frozen = train_lib.load_frozen(config, step.scorer)
+    monkeypatch.setattr(task, "_frozen", frozen)
+    found.append(task.baseline())
+  merged, single = found
+  assert merged == single
+  assert merged["teacher/length_mean"] > 1
