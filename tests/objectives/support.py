@@ -136,7 +136,8 @@ def loss_of(
 ):
   """The reduced loss of a whole batch, and the terms by name.
 
-  `at` is a whole schedule, in place of that of `step`; `rows` as in `scores_of`.
+  `at` is a whole schedule, in place of that of `step`; `rows` as in
+  `scores_of`.
   """
   needs = dataclasses.replace(
     objective.prepare_needs, rewards=objective.needs.rewards
