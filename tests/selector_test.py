@@ -217,9 +217,8 @@ def _evaluate(name, options, mesh=None, devices=1, **changes):
     step = dataclasses.replace(step, selector=selector_of(**dict(options)))
   state, frozen, inputs, rollout = _case()
   if devices > 1:
-    everything = (state.params, frozen, inputs, rollout)
-    params, frozen, inputs, rollout = jax.device_get(everything)
-    state = step.place_state(jax.tree.map(jnp.asarray, params))
+    state, frozen = engine.make_state(step)
+    inputs, rollout = jax.device_get((inputs, rollout))
   state = dataclasses.replace(state, objective=step.objective.init_state())
   batch = step.scoring_batch(rollout, inputs)
   return jax.jit(step.gradient)(state, frozen, batch)
