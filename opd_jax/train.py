@@ -344,8 +344,9 @@ def _samples(setup: Setup, rollout: Rollout) -> Sequence[Mapping[str, Any]]:
         "prompt": setup.tokenizer.decode(prompt),
         "completion": setup.tokenizer.decode_after(prompt, ids),
         "length": len(ids),
-        "given": len(ids) - int(rollout.sampled_mask[row].sum()),
         "stopped": bool(rollout.stop_reason[row] == STOP_ID),
       }
     )
+    if setup.prompts.given_window is not None:
+      samples[-1]["given"] = len(ids) - int(rollout.sampled_mask[row].sum())
   return samples
