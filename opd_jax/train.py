@@ -395,17 +395,17 @@ def _samples(setup: Setup, rollout: Rollout) -> Sequence[Mapping[str, Any]]:
   rollout = jax.device_get(rollout)
   samples: list[dict[str, Any]] = []
   for row in range(min(count, len(rollout.tokens))):
-    length = rollout.prompts.lengths[row]
-    prompt = rollout.prompts.tokens[row][:length].tolist()
-    drawn = int(rollout.sampled_mask[row].sum())
-    total = int(rollout.lengths[row])
+    width = rollout.prompts.lengths[row]
+    prompt = rollout.prompts.tokens[row][:width].tolist()
+    length = int(rollout.lengths[row])
     sample: dict[str, Any] = {
       "prompt": setup.tokenizer.decode(prompt),
       "completion": completion(setup.tokenizer, rollout, row),
-      "length": total,
-      "given": total - drawn,
+      "length": length,
       "stopped": bool(rollout.stop_reason[row] == STOP_ID),
     }
+    if setup.prompts.given_window is not None:
+      sample["given"] = length - int(rollout.sampled_mask[row].sum())
     if rollout.rewards is not None:
       sample["reward"] = float(rollout.rewards[row])
     samples.append(sample)

@@ -332,12 +332,11 @@ def test_one_program_two_programs_and_eight_devices(name, options):
   assert 0 < metrics["rollout/given_tokens"] < 1
 
   split = state
+  draw, update = jax.jit(step.rollout), jax.jit(step.update_from)
   for number, expected in enumerate(one):
-    rollout = jax.jit(step.rollout)(
-      split.params, frozen, jnp.int32(number), inputs
-    )
+    rollout = draw(split.params, frozen, jnp.int32(number), inputs)
     equal(rollout.tokens, expected.tokens)
-    split, _ = jax.jit(step.update_from)(split, frozen, inputs, rollout)
+    split, _ = update(split, frozen, inputs, rollout)
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
     split.params,
@@ -347,7 +346,9 @@ def test_one_program_two_programs_and_eight_devices(name, options):
   mesh = {"mesh": {"replica": 2, "fsdp": 2, "tensor": 2}, "devices": 8}
   spread = engine.make_step(name, mixing=mixing, micro_batches=2, **mesh)
   elsewhere, frozen_there = engine.make_state(spread)
-  _, _, drawn = jax.jit(spread.train)(elsewhere, frozen_there, inputs)
+  drawn = jax.jit(spread.rollout)(
+    elsewhere.params, frozen_there, elsewhere.step, inputs
+  )
   equal(drawn.tokens, one[0].tokens)
   equal(drawn.sampled_mask, one[0].sampled_mask)
   batch = spread.scoring_batch(jax.device_get(drawn), inputs)
