@@ -16,6 +16,7 @@ from opd_jax import setup as setup_lib
 from opd_jax.config import RolloutConfig, RunConfig
 from opd_jax.parsing import parse
 from opd_jax.replay import Buffer, Threshold
+from opd_jax.saved import find
 from opd_jax.sharding import make_mesh
 from opd_jax.train import train
 from opd_jax.types import PromptBatch, Rollout
@@ -251,6 +252,11 @@ def test_a_resumed_run_is_an_uninterrupted_one(folder, tmp_path, monkeypatch):
   whole, cut = arrays(tmp_path / "whole"), arrays(tmp_path / "cut")
   jax.tree.map(np.testing.assert_array_equal, whole, cut)
   assert whole["replay"]["filled"] > 0
+  # Other commands read such a checkpoint too.
+  _, state = find(tmp_path / "whole").restore()
+  np.testing.assert_array_equal(
+    state.replay["tokens"], whole["replay"]["tokens"]
+  )
   records = [
     json.loads(line)
     for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
