@@ -11,6 +11,7 @@ from opd_jax.objectives.base import Objective
 
 
 def check_supported(objective: Objective) -> None:
+  """Raises for what no config can give an objective."""
   needs = objective.needs
   if needs.student_privileged:
     raise InputError(
@@ -204,6 +205,7 @@ def check_sampling(
 
 
 def check_batch(config: RunConfig, shards: int) -> None:
+  """Raises unless the shards of the batch divide all parts of it."""
   batch = config.batch
   prompts = batch.prompts // batch.mini_batches
   rows = prompts * batch.rollouts // batch.micro_batches
