@@ -10,8 +10,7 @@ steps done of S:
 The buffer holds the last `capacity` completions drawn; a replayed batch is
 chosen from it without repetition. h grows when the held-out loss does.
 
-Source: Ko et al., arXiv 2402.03898, Sec. 3.2 and Algorithm 1, with the order
-of the official code.
+Source: Ko et al., arXiv 2402.03898, in the order of the official code.
 """
 
 import dataclasses
