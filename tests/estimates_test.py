@@ -320,7 +320,7 @@ def test_crossed_by_hand():
   """Two runs, three problems, by the analysis of variance; in twelfths.
 
   Means: runs 2, 6; problems 3, 3, 6; all 4. Sums of squares: runs
-  3 (4 + 4) = 24, problems 2 (1 + 1 + 4) = 12, residuals 1, 1, -2, -1, -1, 2: 12.
+  3 (4 + 4) = 24, problems 2 (1 + 1 + 4) = 12, rest (1, 1, -2, -1, -1, 2) 12.
   """
   values = np.array([[2, 2, 2], [4, 4, 10]]) / 12
   mean, (low, high) = estimates.crossed(values, 10**9)
