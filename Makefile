@@ -36,7 +36,7 @@ quickstart: $(VENV)/.stamp-project ## Distil a small model, in minutes on a CPU.
 
 study: $(VENV)/.stamp-project ## Compare all objectives: hours on a CPU.
 	$(BIN)/python -m benchmarks.objectives --work=runs/study
-	$(BIN)/python docs/generate.py
+	$(BIN)/python -m docs.generate
 
 $(VENV)/.stamp-lock: requirements/lock-py311.txt requirements/lock-py312.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) \

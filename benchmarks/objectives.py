@@ -7,7 +7,7 @@ The first makes the runs that benchmarks/results/objectives.json lacks, a
 process each and one after the other. A run that is there with the same config
 is not repeated; one that was interrupted resumes. What they leave is in DIR.
 The second times ten steps of each objective, on a machine that is idle.
-`python docs/generate.py` then writes docs/results.md from the file.
+`python -m docs.generate` then writes docs/results.md from the file.
 
 What is run is in `study/entries.py`; what is claimed, and what would show it,
 in `study/claims.py`.

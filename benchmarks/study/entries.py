@@ -168,7 +168,8 @@ TABLE = (
     name="reopold",
     values=objective("reopold"),
     seeds=PAIRED_SEEDS,
-    note="two stages, switch after 50 steps, lam 0.1, keep 0.2",
+    note="two stages, lam 0.1; from step 50 on only the fifth of the tokens "
+    "with the highest entropy carries loss",
   ),
   Entry(
     name="gopd",
@@ -184,7 +185,8 @@ TABLE = (
     name="tropd",
     values=objective("tropd", top_k=K),
     seeds=PAIRED_SEEDS,
-    note=f"K {K}, without prefixes",
+    note=f"K {K}, without prefixes; an outlier's forward KL counts only as "
+    "often as the models disagree, so that its pull fades sooner than the gap",
   ),
   Entry(
     name="aopd",
@@ -194,7 +196,8 @@ TABLE = (
   Entry(
     name="constant_negative_advantage",
     values=objective("constant_negative_advantage"),
-    note="control: no teacher",
+    note="control: no teacher; the student forgets to stop, since with a mean "
+    "over the batch's tokens those of long rows are pushed down less",
   ),
   Entry(
     name="sft",

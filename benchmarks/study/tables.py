@@ -36,9 +36,7 @@ def objectives(found: Results) -> str:
     "|---" * (len(_COLUMNS) + 1) + "|",
   ]
   for name in ("student", "teacher"):
-    (record,) = _of(name, found.runs)
-    values = accuracies(record, "test")
-    share = _share(float(np.mean(values)), estimates.interval(values, SAMPLES))
+    share = _share(_of(name, found.runs))
     lines.append(f"| {name}, as shipped | {share}" + " |" * len(_COLUMNS))
   times = (found.timings or {}).get("milliseconds", {})
   for entry in TABLE:
@@ -55,7 +53,7 @@ def _row(
   norms = np.array([run["curves"]["grad_norm"] for run in runs])
   cells = [
     f"`{name}`",
-    _share(*estimates.crossed(values, SAMPLES)),
+    _share(runs),
     _points(*estimates.crossed(values - before, SAMPLES)),
     _mean(run["probe"]["entropy"] for run in runs),
     _mean(run["probe"]["teacher_kl"] for run in runs),
@@ -148,9 +146,15 @@ def _of(name: str, records: Sequence[Record]) -> list[Record]:
   return [record for record in records if record["entry"] == name]
 
 
-def _share(mean: float, interval: Interval) -> str:
-  low, high = (100 * end for end in interval)
-  return f"{100 * mean:.1f} % ({low:.1f} to {min(high, 100.0):.1f})"
+def _share(runs: Sequence[Record]) -> str:
+  """The accuracy of one model, or over several runs."""
+  values = np.array([accuracies(run, "test") for run in runs])
+  if len(runs) == 1:
+    mean, ends = float(np.mean(values)), estimates.interval(values[0], SAMPLES)
+  else:
+    mean, ends = estimates.crossed(values, SAMPLES)
+  low, high = np.clip(ends, 0, 1)
+  return f"{100 * mean:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
 
 
 def _points(mean: float, interval: Interval) -> str:
