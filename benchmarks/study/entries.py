@@ -174,7 +174,7 @@ TABLE = (
   Entry(
     name="gopd",
     values=extrapolated(0.5),
-    note="lam 0.5: half way to the teacher by construction",
+    note="lam 0.5: half way from reference to teacher, in log-probability",
   ),
   Entry(
     name="exopd",
