@@ -90,7 +90,7 @@ def test_outputs_stand_for_names(tmp_path):
   expected = runs.folder(tmp_path, ENTRIES["tuned"], MAKER_SEED) / "export"
   assert found["a"]["path"] == str(expected)
   samples = runs.output(tmp_path, "teacher_samples")
-  assert samples.endswith("/completions.jsonl")
+  assert samples.endswith("/completions.parquet")
 
 
 def test_collect_weighs_records_by_their_steps():

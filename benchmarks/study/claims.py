@@ -186,7 +186,8 @@ CLAIMS = (
     design="The teacher is the student itself after 20 steps of gkd, so that "
     "teacher and reference are of one kind and there is headroom. The student "
     "starts anew from the reference and learns from it by gopd with lam 1 and "
-    "1.25, and 1.5 for the trend.",
+    "1.25, and 1.5 for the trend. Added after the first runs: the same with a "
+    "teacher that was tuned by grpo, as the paper's was.",
     comparisons=(
       Comparison(
         first="tuned_gopd_1", second="tuned_gopd_1.25", expected="more"
@@ -195,6 +196,15 @@ CLAIMS = (
         first="tuned_gopd_1", second="tuned_gopd_1.5", expected="more"
       ),
       Comparison(first="tuned", second="tuned_gopd_1.25", expected="more"),
+      Comparison(
+        first="rewarded_gopd_1", second="rewarded_gopd_1.25", expected="more"
+      ),
+      Comparison(
+        first="rewarded_gopd_1", second="rewarded_gopd_1.5", expected="more"
+      ),
+      Comparison(
+        first="rewarded", second="rewarded_gopd_1.25", expected="more"
+      ),
     ),
   ),
   Claim(
@@ -211,6 +221,50 @@ CLAIMS = (
         quantity="grad_norm",
         expected="less",
       ),
+    ),
+  ),
+  Claim(
+    title="A student of two domain teachers beats each on its own domain",
+    source="arXiv 2602.12125, multiple teachers, lam 1.25",
+    design="Two copies of the student, tuned by 100 steps of grpo, one on "
+    "problems of level 3, one on problems of level 5. The student learns from "
+    "both, each scoring the rows of its level, by gopd with lam 1.25 and 1. "
+    "Held-out problems of both levels.",
+    comparisons=(
+      Comparison(
+        first="rewarded_short",
+        second="merged_1.25",
+        problems="short",
+        expected="more",
+      ),
+      Comparison(
+        first="rewarded_long",
+        second="merged_1.25",
+        problems="long",
+        expected="more",
+      ),
+      Comparison(
+        first="merged_1",
+        second="merged_1.25",
+        problems="short",
+        expected="more",
+      ),
+      Comparison(
+        first="merged_1",
+        second="merged_1.25",
+        problems="long",
+        expected="more",
+      ),
+    ),
+  ),
+  Claim(
+    title="Half of the tokens, chosen by Soft-OR, are as good as all",
+    source="arXiv 2604.14084; for memory see benchmarks/selection.py, since "
+    "with 20 ids no memory is in the heads",
+    design="gkd with beta 1 on all tokens, and on the half of each rollout's "
+    "tokens with the highest Soft-OR score.",
+    comparisons=(
+      Comparison(first="gkd", second="tip", expected="at least as good"),
     ),
   ),
 )

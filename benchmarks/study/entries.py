@@ -92,6 +92,13 @@ ENDS = (
   ),
 )
 
+GRPO = objective("grpo") | {
+  "batch.prompts": 16,
+  "batch.rollouts": 4,
+  "reward": {"verifier": "number"},
+  "optimizer.learning_rate": 5e-4,
+}
+
 # --- What other entries learn from. ---
 MAKERS = (
   Entry(
@@ -107,20 +114,36 @@ MAKERS = (
     note="a teacher with headroom: the student after 20 steps of gkd",
   ),
   Entry(
-    name="tuned_short",
-    values={"steps": 20, **only(3)},
+    name="rewarded",
+    values=GRPO,
+    seeds=(MAKER_SEED,),
+    note="a teacher as the paper's: the student after 100 steps of grpo",
+  ),
+  Entry(
+    name="rewarded_short",
+    values=GRPO | only(3),
     seeds=(MAKER_SEED,),
     levels=BOTH,
     note="the same on problems of level 3",
   ),
   Entry(
-    name="tuned_long",
-    values={"steps": 20, **only(5)},
+    name="rewarded_long",
+    values=GRPO | only(5),
     seeds=(MAKER_SEED,),
     levels=BOTH,
     note="the same on problems of level 5",
   ),
 )
+
+# Completions of the teacher beside the prompts that are drawn for; a store is
+# what `generate` writes as Parquet.
+STORED = {
+  "data.sources.stored": {
+    "path": "@teacher_samples",
+    "given": True,
+    "prompt": {"text": "{question}"},
+  }
+}
 
 # The vocabulary has 20 ids, so the papers' K = 16 and 64 become 4.
 K = 4
@@ -194,6 +217,45 @@ TABLE = (
     note=f"K {K}",
   ),
   Entry(
+    name="gkd_stored",
+    values=objective("gkd", beta=1.0)
+    | STORED
+    | {"rollout": {"stored_fraction": 0.5}},
+    note="reverse KL, half of the completions the teacher's (lambda 0.5)",
+  ),
+  Entry(
+    name="distillm_replay",
+    values=objective("distillm")
+    | STORED
+    | {"rollout": {"replay_capacity": 1024, "replay_threshold": 0.5}},
+    note="with replay of 1,024 completions, threshold 0.5",
+  ),
+  Entry(
+    name="tropd_prefix",
+    values=objective("tropd", top_k=K, guidance=0.001)
+    | STORED
+    | {"rollout": {"prefix": "cosine"}},
+    note=f"K {K}, with prefixes of the teacher",
+  ),
+  Entry(
+    name="minillm",
+    values=objective("minillm") | {"rollout": {"teacher_mix": 0.2}},
+    note="drawn from a mixture with the teacher, 0.2",
+  ),
+  Entry(
+    name="tip",
+    values=objective("gkd", beta=1.0)
+    | {"selection": {"name": "soft_or", "fraction": 0.5}},
+    seeds=PAIRED_SEEDS,
+    note="reverse KL on half of the tokens, by Soft-OR",
+  ),
+  Entry(
+    name="grpo",
+    values=GRPO,
+    note="control: right or wrong as reward, no teacher; 16 prompts of 4 "
+    "rollouts, learning rate 5e-4 (2e-3 destroys the student)",
+  ),
+  Entry(
     name="constant_negative_advantage",
     values=objective("constant_negative_advantage"),
     note="control: no teacher; the student forgets to stop, since with a mean "
@@ -214,8 +276,19 @@ TABLE = (
 
 # A pair whose teacher is unsure, as one of open text is; needs its models.
 STORIES = "configs/tinystories_babyllama.py"
-TUNED = {"teacher": {"path": "@tuned"}}
-
+# Rows of level 3 from one teacher, rows of level 5 from the other.
+MERGE = {
+  "teacher": {"path": "@rewarded_short"},
+  "domain_teachers": {"long": {"path": "@rewarded_long"}},
+  "data.sources": {
+    name: {
+      "path": "arith",
+      "options": {"levels": levels},
+      "prompt": {"text": "{question}"},
+    }
+    for name, levels in {"short": (3,), "long": (5,)}.items()
+  },
+}
 PAIRED = (
   Entry(
     name="reopold_clip",
@@ -236,13 +309,26 @@ PAIRED = (
   ),
   *(
     Entry(
-      name=f"tuned_gopd_{lam:g}",
-      values=extrapolated(lam) | TUNED,
+      name=f"{teacher}_gopd_{lam:g}",
+      values=extrapolated(lam) | {"teacher": {"path": f"@{teacher}"}},
       seeds=PAIRED_SEEDS,
-      note=f"from the tuned teacher, lam {lam:g}",
+      note=f"lam {lam:g}",
     )
+    for teacher in ("tuned", "rewarded")
     for lam in (1.0, 1.25, 1.5)
   ),
 )
 
-ENTRIES = {entry.name: entry for entry in (*ENDS, *MAKERS, *TABLE, *PAIRED)}
+MERGES = tuple(
+  Entry(
+    name=f"merged_{lam:g}",
+    values=extrapolated(lam) | MERGE,
+    levels=BOTH,
+    note=f"two domain teachers, lam {lam:g}",
+  )
+  for lam in (1.0, 1.25)
+)
+
+ENTRIES = {
+  entry.name: entry for entry in (*ENDS, *MAKERS, *TABLE, *PAIRED, *MERGES)
+}

@@ -31,7 +31,8 @@ QUICKSTART = "configs/quickstart.py"
 PROBLEMS, SAMPLES = 250, 8
 # Prompts and seed of the measurement on the final weights.
 PROBE_PROMPTS, PROBE_SEED = 512, 1000
-GENERATED = 6400
+# Completions that are generated, and their file in the folder of the run.
+GENERATED, STORE = 6400, "completions.parquet"
 CURVES = {
   "grad_norm": "optimizer/grad_norm",
   "entropy": "student/entropy",
@@ -69,6 +70,8 @@ def digest(entry: Entry, seed: int) -> str:
       for name in sorted(entry.needs())
     },
   }
+  if entry.command == "generate":
+    parts["file"] = STORE
   text = json.dumps(parts, sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -82,7 +85,7 @@ def output(work: Path, name: str) -> str:
   """What "@NAME" stands for: a checkpoint, or a file of completions."""
   entry = ENTRIES[name]
   place = folder(work, entry, entry.seeds[0])
-  leaf = "completions.jsonl" if entry.command == "generate" else "export"
+  leaf = STORE if entry.command == "generate" else "export"
   return str(place / leaf)
 
 
@@ -106,7 +109,7 @@ def run(entry: Entry, seed: int, work: Path) -> dict[str, Any]:
     **circumstances(),
   }
   if entry.command == "generate":
-    generate(values["student"]["path"], seed, place / "completions.jsonl")
+    generate(values["student"]["path"], seed, place / STORE)
     return record
   checkpoint = values["student"]["path"]
   if entry.command != "eval":
