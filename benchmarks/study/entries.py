@@ -27,7 +27,8 @@ class Entry:
     name: unique.
     values: of config keys, by dotted name; they replace those of the file.
     command: of `opd-jax`; "eval" only evaluates `values["student.path"]`, and
-      "generate" has that model complete the problems of training.
+      "generate" has that model complete the problems of training. "texts" is
+      none: it writes solved problems that are held out.
     config: the file, relative to the repository.
     seeds: of the runs. A seed rules data order and draws; the initial weights
       and the problems of the evaluation are always the same.
@@ -38,7 +39,7 @@ class Entry:
 
   name: str
   values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  command: Literal["train", "sft", "eval", "generate"] = "train"
+  command: Literal["train", "sft", "eval", "generate", "texts"] = "train"
   config: str = "configs/quickstart.py"
   seeds: Sequence[int] = SEEDS
   levels: Mapping[str, Sequence[int]] = dataclasses.field(
@@ -107,6 +108,7 @@ MAKERS = (
     values={"student.path": "checkpoints/arith_teacher"},
     seeds=(MAKER_SEED,),
   ),
+  Entry(name="held_out", command="texts", seeds=(MAKER_SEED,)),
   Entry(
     name="tuned",
     values={"steps": 20},
@@ -227,8 +229,11 @@ TABLE = (
     name="distillm_replay",
     values=objective("distillm")
     | STORED
-    | {"rollout": {"replay_capacity": 1024, "replay_threshold": 0.5}},
-    note="with replay of 1,024 completions, threshold 0.5",
+    | {
+      "rollout": {"replay_capacity": 1024, "replay_threshold": 0.5},
+      "held_out": {"path": "@held_out", "every": 10},
+    },
+    note="with replay of 1,024 completions, threshold 0.5 at the start",
   ),
   Entry(
     name="tropd_prefix",

@@ -23,7 +23,16 @@ import jax
 import numpy as np
 
 from benchmarks.study.entries import ENTRIES, REPO, Entry
-from opd_jax import evaluate, parsing, preflight, saved, setup, sft, train
+from opd_jax import (
+  arith,
+  evaluate,
+  parsing,
+  preflight,
+  saved,
+  setup,
+  sft,
+  train,
+)
 from opd_jax.config import EvalConfig, RunConfig, SamplingConfig, SftConfig
 
 QUICKSTART = "configs/quickstart.py"
@@ -33,6 +42,8 @@ PROBLEMS, SAMPLES = 250, 8
 PROBE_PROMPTS, PROBE_SEED = 512, 1000
 # Completions that are generated, and their file in the folder of the run.
 GENERATED, STORE = 6400, "completions.parquet"
+# Held-out solutions, for what follows the held-out loss.
+TEXTS = "texts.jsonl"
 CURVES = {
   "grad_norm": "optimizer/grad_norm",
   "entropy": "student/entropy",
@@ -85,7 +96,7 @@ def output(work: Path, name: str) -> str:
   """What "@NAME" stands for: a checkpoint, or a file of completions."""
   entry = ENTRIES[name]
   place = folder(work, entry, entry.seeds[0])
-  leaf = STORE if entry.command == "generate" else "export"
+  leaf = {"generate": STORE, "texts": TEXTS}.get(entry.command, "export")
   return str(place / leaf)
 
 
@@ -111,6 +122,9 @@ def run(entry: Entry, seed: int, work: Path) -> dict[str, Any]:
   if entry.command == "generate":
     generate(values["student"]["path"], seed, place / STORE)
     return record
+  if entry.command == "texts":
+    texts(place / TEXTS)
+    return record
   checkpoint = values["student"]["path"]
   if entry.command != "eval":
     record |= trained(entry, values, place)
@@ -122,6 +136,15 @@ def run(entry: Entry, seed: int, work: Path) -> dict[str, Any]:
     name: right(checkpoint, levels) for name, levels in entry.levels.items()
   }
   return record
+
+
+def texts(path: Path) -> None:
+  """Writes solved problems of the held-out split, one a line."""
+  rows = arith.rows({"rows": PROBLEMS}, "test")
+  lines = [
+    json.dumps({"text": row["question"] + row["solution"]}) for row in rows
+  ]
+  path.write_text("\n".join(lines) + "\n")
 
 
 def circumstances() -> dict[str, Any]:
