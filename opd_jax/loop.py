@@ -146,6 +146,12 @@ def run(
           }
           checkpoints.save(done, state, place, values)
 
+      def rescue() -> None:
+        """Saves the steps done before an error that the user can mend."""
+        save({})
+        checkpoints.wait()
+        tell.print(f"saved step {done}; the same command resumes after it")
+
       if done == 0:
         measured["teacher"] = dict(task.baseline())
         record(measured["teacher"])
@@ -156,12 +162,20 @@ def run(
       )
       values: Mapping[str, float] = {}
       while done < config.steps and not interrupts.stop(done):
+        place = data.get_state()
         batch = next(data)
         if _due(config.log.time_split_every, done):
           with meter.paused():
             meter.split = task.time_split(state, batch)
         profiler.before(done, state)
-        state, metrics, shown = task.step(state, batch)
+        try:
+          state, metrics, shown = task.step(state, batch)
+        except InputError:
+          # Such as a verifier that cannot bear a completion, before the update.
+          data.set_state(place)
+          if saved_step != done and done > 0:
+            rescue()
+          raise
         done += 1
         meter.add(metrics)
 
@@ -175,10 +189,7 @@ def run(
         try:
           values = measure(everything=saving)
         except InputError:
-          # Such as a verifier that cannot bear a completion: lose no step.
-          save({})
-          checkpoints.wait()
-          tell.print(f"saved step {done}; the same command resumes after it")
+          rescue()
           raise
         best = config.checkpoint.keep_best and checkpoints.improves(values)
         if saving or best:

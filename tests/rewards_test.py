@@ -245,6 +245,31 @@ def test_a_run_verifies_stops_and_goes_on(
     assert sample["reward"] == begins(sample["completion"], answer)
 
 
+def test_a_verifier_that_fails_in_a_run_loses_no_step(
+  folder, one_device, monkeypatch, tmp_path
+):
+  """Two steps are saved, and the third is taken again with the same prompts."""
+  train_lib.train(config_of(folder), tmp_path / "whole")
+  verify, calls = rewards.Rewards.__call__, []
+
+  def fussy(self, *arguments):
+    calls.append(None)
+    if len(calls) == 3:
+      raise InputError("cannot bear it")
+    return verify(self, *arguments)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(rewards.Rewards, "__call__", fussy)
+    with pytest.raises(InputError, match="cannot bear it"):
+      train_lib.train(config_of(folder), tmp_path / "cut")
+  assert train_lib.train(config_of(folder), tmp_path / "cut").finished
+  assert len(calls) == 3
+  name = "export/model.safetensors"
+  assert (tmp_path / "whole" / name).read_bytes() == (
+    tmp_path / "cut" / name
+  ).read_bytes()
+
+
 def test_eight_devices_are_one(folder, monkeypatch, tmp_path):
   """The same completions, rewards and losses on a mesh."""
   for name, sizes, devices in (

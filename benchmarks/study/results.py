@@ -38,7 +38,8 @@ def read(file: Path = FILE) -> Results:
 def write(found: Results, file: Path = FILE) -> None:
   """A run a line, in the order of the entries."""
   order = {name: index for index, name in enumerate(ENTRIES)}
-  runs = sorted(found.runs, key=lambda r: (order[r["entry"]], r["seed"]))
+  known = [record for record in found.runs if record["entry"] in order]
+  runs = sorted(known, key=lambda r: (order[r["entry"]], r["seed"]))
   lines = ",\n".join(json.dumps(record) for record in runs)
   timings = json.dumps(found.timings)
   file.parent.mkdir(parents=True, exist_ok=True)
