@@ -149,6 +149,7 @@ def test_rewards_are_of_the_text_and_of_the_rows_answer(folder):
       tokens=np.ones((4, 1), np.int32), lengths=np.ones(4, np.int32)
     ),
     tokens=tokens,
+    lengths=mask.sum(axis=1),
     sampled_mask=mask,
     behavior_logprobs=np.zeros((4, 4), np.float32),
     stop_reason=np.ones(4, np.int32),
