@@ -35,7 +35,7 @@ Frozen = Mapping[str, Weights]
 # Folded into the key of a step for the objective and for the selector; the
 # sampler folds in rows, `step.py` another for what is given.
 _OBJECTIVE = 2**31 - 1
-_SELECTOR = 2**31 - 2
+_SELECTOR = 2**31 - 3
 
 
 class Turn(NamedTuple):

@@ -147,8 +147,11 @@ def test_the_worked_example_of_a_merge():
     "reference": support.REFERENCE_LOGITS,
   }
   heads = {"student": {}, "teacher": ({}, {}), "reference": {}}
-  fields, observed = scorer.fields(objective.needs, states, heads, batch)
-  terms, statistics = objective.terms(bundle_scores(batch, fields), Signals())
+  needs = objective.needs.starting_here()
+  found = scorer.fields(needs, states, heads, batch)
+  terms, statistics = objective.terms(
+    bundle_scores(batch, found.fields, needs), Signals()
+  )
   np.testing.assert_allclose(
     jnp.where(support.MASK, statistics["advantage"].loss, 0.0),
     [[0.599862, 0.392023, -4.441954], [0.175157, -0.194158, 0.0]],
@@ -161,7 +164,7 @@ def test_the_worked_example_of_a_merge():
   # Only the second teacher has mass beyond: 2 e / (2 e + sum exp(zB)).
   mass = 2 * np.e / (2 * np.e + np.sum(np.exp(other[1, :2]), axis=-1))
   np.testing.assert_allclose(
-    observed["teacher"]["masked_mass"], [[0, 0, 0], [*mass, 0]], atol=1e-6
+    found.observed["teacher"]["masked_mass"], [[0, 0, 0], [*mass, 0]], atol=1e-6
   )
 
 

@@ -25,7 +25,7 @@ def _terms(objective, shift=support.BEHAVIOR_SHIFT, student=None):
     support.TOKENS,
     support.MASK,
     behavior,
-    behavior,
+    start=behavior,
   )
   terms, statistics = objective.terms(scores, base.Signals())
   return {

@@ -29,7 +29,7 @@ def _scores(needs, behavior, start=None):
     support.TOKENS,
     support.MASK,
     behavior,
-    start,
+    start=start,
   )
 
 
