@@ -17,6 +17,7 @@ from opd_jax.errors import InputError
 from opd_jax.models import transformer
 from opd_jax.models.api import Model
 from opd_jax.models.config import ModelConfig
+from opd_jax.models.families import FAMILIES
 from opd_jax.types import Params
 
 CONFIG_FILE = "config.json"
@@ -29,7 +30,8 @@ _NAMES: Mapping[str, str] = {
   "final_norm.scale": "model.norm.weight",
   "lm_head.embedding": "lm_head.weight",
 }
-# The same below "layers." here and "model.layers.<index>." there.
+# The same below "layers." here and "model.layers.<index>." there; families
+# say where they differ.
 _LAYER_NAMES: Mapping[str, str] = {
   "attention_norm.scale": "input_layernorm.weight",
   "attention.query.kernel": "self_attn.q_proj.weight",
@@ -129,6 +131,7 @@ class Tensor:
 def tensors(config: ModelConfig) -> list[Tensor]:
   """Every tensor of a checkpoint of this model, parameter after parameter."""
   leaves, _ = jax.tree.flatten_with_path(transformer.shapes(config))
+  names = {**_LAYER_NAMES, **FAMILIES[config.family].tensors}
   found = []
   for path, leaf in leaves:
     parameter = ".".join(key.key for key in path)
@@ -148,7 +151,7 @@ def tensors(config: ModelConfig) -> list[Tensor]:
         name=(
           _NAMES[parameter]
           if layer is None
-          else f"model.layers.{layer}.{_LAYER_NAMES[rest]}"
+          else f"model.layers.{layer}.{names[rest]}"
         ),
         shape=shape,
         parameter=parameter,

@@ -25,9 +25,7 @@ def _builders(
   builders: dict[str, Callable[[nnx.Rngs], nnx.Module]] = {
     "embed": lambda rngs: layers.Embedding(config, rngs),
     STACKED: lambda rngs: layers.Block(config, rngs),
-    "final_norm": lambda rngs: layers.RMSNorm(
-      config.hidden_size, config.norm_eps
-    ),
+    "final_norm": lambda rngs: layers.RMSNorm(config, config.hidden_size),
   }
   if not config.tie_embeddings:
     builders["lm_head"] = lambda rngs: layers.Embedding(config, rngs)
@@ -85,7 +83,7 @@ def axes(config: ModelConfig) -> Params:
 
 
 def init(config: ModelConfig, key: jax.Array) -> Params:
-  """Random float32 weights: normal with deviation 0.02, norms 1, biases 0."""
+  """Random float32 weights: normal, deviation 0.02; norms, biases neutral."""
   params = {}
   builders = _builders(config)
   for (name, build), part_key in zip(

@@ -44,6 +44,13 @@ YARN = {
   "factor": 4.0,
   "original_max_position_embeddings": 16,
 }
+GEMMA = {
+  **LLAMA,
+  "num_hidden_layers": 4,
+  "query_pre_attn_scalar": 12,
+  "sliding_window": 7,
+  "rms_norm_eps": 1e-5,
+}
 # name: class of transformers' config, its fields.
 CASES = {
   "llama": ("LlamaConfig", LLAMA),
@@ -66,6 +73,42 @@ CASES = {
         "rope_type": "linear",
         "rope_theta": 100.0,
         "factor": 2.5,
+      },
+    },
+  ),
+  "mistral": ("MistralConfig", {**LLAMA, "sliding_window": None}),
+  "mistral local": ("MistralConfig", {**LLAMA, "sliding_window": 7}),
+  "gemma2": (
+    "Gemma2Config",
+    {**GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+  ),
+  "gemma2 without caps": (
+    "Gemma2Config",
+    {
+      **GEMMA,
+      "attn_logit_softcapping": None,
+      "final_logit_softcapping": None,
+      "attention_bias": True,
+      "layer_types": ["full_attention"] * 3 + ["sliding_attention"],
+      "tie_word_embeddings": False,
+    },
+  ),
+  "gemma3": ("Gemma3TextConfig", GEMMA),
+  "gemma3 scaled": (
+    "Gemma3TextConfig",
+    {
+      **GEMMA,
+      "final_logit_softcapping": 3.0,
+      "num_hidden_layers": 5,
+      "layer_types": ["sliding_attention", "full_attention"] * 2
+      + ["sliding_attention"],
+      "rope_parameters": {
+        "full_attention": {
+          "rope_type": "linear",
+          "rope_theta": 500.0,
+          "factor": 4.0,
+        },
+        "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
       },
     },
   ),
@@ -116,9 +159,10 @@ def _torch_model(case):
   torch.manual_seed(0)
   config = getattr(transformers, kind)(**fields)
   model = transformers.AutoModelForCausalLM.from_config(config).eval()
+  neutral = 0.0 if kind.startswith("Gemma") else 1.0
   with torch.no_grad():
     for name, weight in model.named_parameters():
-      centre = 1.0 if name.endswith("norm.weight") else 0.0
+      centre = neutral if name.endswith("norm.weight") else 0.0
       weight.copy_(centre + 0.3 * torch.randn_like(weight))
   return model
 
