@@ -30,6 +30,7 @@ TRAIN_RULES: Mapping[str, str | tuple[str, ...] | None] = {
   "kv_heads": "tensor",
   "head_size": None,
   "ffw": "tensor",
+  "experts": "expert",
   "norm": None,
 }
 DECODE_RULES = {**TRAIN_RULES, "embed": None}

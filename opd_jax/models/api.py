@@ -266,7 +266,11 @@ class Model:
         jax.lax.dynamic_index_in_dim, index=layer, keepdims=False
       )
       mixed = block.attention.mix(query, here(keys), here(values), view.visible)
-      return (self._rows(block.finish(x, mixed)), keys, values), None
+      return (
+        self._rows(block.finish(x, mixed, self.layout)),
+        keys,
+        values,
+      ), None
 
     scanned = (
       params[transformer.STACKED],
@@ -296,9 +300,8 @@ class Model:
       query, (keys, values) = block.attention.project(
         block.attention_norm(x), view.cosine, view.sine
       )
-      x = block.finish(
-        x, block.attention.mix(query, keys, values, view.visible)
-      )
+      mixed = block.attention.mix(query, keys, values, view.visible)
+      x = block.finish(x, mixed, self.layout)
       return self._rows(x), (keys, values) if keep_cache else None
 
     if self.remat != "none":

@@ -63,6 +63,30 @@ class Rope:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Experts:
+  """A mixture of experts in place of every MLP.
+
+  Attributes:
+    count: E.
+    per_token: experts that each token runs through.
+    size: F of one of them.
+    renormalize: the weights of a token's experts sum to 1.
+  """
+
+  count: int
+  per_token: int
+  size: int
+  renormalize: bool
+
+  def __post_init__(self):
+    if self.per_token > self.count:
+      raise InputError(
+        f"num_experts_per_tok = {self.per_token} must be at most "
+        f"num_experts = {self.count}"
+      )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
   """A decoder: RMSNorm, grouped-query attention with rotary positions, MLP.
 
@@ -70,7 +94,7 @@ class ModelConfig:
     family: one of `families.FAMILIES`.
     vocab_size: ids the model knows.
     hidden_size: D.
-    intermediate_size: F.
+    intermediate_size: F; of no use with experts in every layer.
     num_layers: L.
     num_heads: N, of the queries.
     num_kv_heads: M, of keys and values; divides N.
@@ -93,6 +117,7 @@ class ModelConfig:
     norm_offset: RMSNorm multiplies by 1 + scale.
     post_norms: attention and MLP are normed once more before they are added.
     scale_embeddings: embeddings are multiplied by sqrt(D).
+    experts: in place of the MLP; None for the MLP.
   """
 
   family: str
@@ -121,6 +146,7 @@ class ModelConfig:
   norm_offset: bool = False
   post_norms: bool = False
   scale_embeddings: bool = False
+  experts: Experts | None = None
 
   def __post_init__(self):
     if self.num_heads % self.num_kv_heads:
@@ -206,6 +232,8 @@ class ModelConfig:
     if "sliding_window" in family.defaults:
       attributes["local_layers"] = _local_layers(fields)
       attributes["window"] = _optional(_size, fields, "sliding_window")
+    if "moe_intermediate_size" in family.defaults:
+      attributes["experts"] = _experts(fields)
     return cls(**{**attributes, **family.attributes})
 
   def to_hf(self) -> dict[str, Any]:
@@ -231,7 +259,7 @@ class ModelConfig:
       "rope_scaling": scaling,
     }
     local_rope = self.local_rope or self.rope
-    special = {
+    special: dict[str, Any] = {
       "attention_bias": self.output_bias,
       "mlp_bias": self.mlp_bias,
       "sliding_window": self.window,
@@ -244,6 +272,13 @@ class ModelConfig:
       "attn_logit_softcapping": self.attention_softcap,
       "final_logit_softcapping": self.logit_softcap,
     }
+    if self.experts is not None:
+      special |= {
+        "num_experts": self.experts.count,
+        "num_experts_per_tok": self.experts.per_token,
+        "moe_intermediate_size": self.experts.size,
+        "norm_topk_prob": self.experts.renormalize,
+      }
     values.update(
       (name, value)
       for name, value in special.items()
@@ -320,6 +355,17 @@ def _local_layers(fields: Mapping[str, Any]) -> tuple[bool, ...]:
     tuple(local[:period])
     for period in range(1, layers + 1)
     if all(local[i] == local[i % period] for i in range(layers))
+  )
+
+
+def _experts(fields: Mapping[str, Any]) -> Experts:
+  """The mixture; transformers 5 writes the number under the second name."""
+  first, second = "num_experts", "num_local_experts"
+  return Experts(
+    count=_size(fields, first if fields[second] is None else second),
+    per_token=_size(fields, "num_experts_per_tok"),
+    size=_size(fields, "moe_intermediate_size"),
+    renormalize=_flag(fields, "norm_topk_prob"),
   )
 
 

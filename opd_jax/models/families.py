@@ -70,7 +70,8 @@ class Family:
     supported: fields that would change the mathematics, and the values that
       leave it as it is; beside `SUPPORTED`.
     attributes: of `ModelConfig`, that all models of the family share.
-    tensors: names that differ from Llama's, of a layer's parameters.
+    tensors: names that differ from Llama's, of a layer's parameters; {} is the
+      index of an expert.
   """
 
   architecture: str
@@ -113,6 +114,31 @@ FAMILIES: Mapping[str, Family] = {
     defaults=_QWEN3,
     supported=_FULL_ATTENTION,
     attributes={"qk_norm": True},
+  ),
+  "qwen3_moe": Family(
+    architecture="Qwen3MoeForCausalLM",
+    defaults={
+      **_QWEN3,
+      "num_key_value_heads": 4,
+      "head_dim": None,
+      "num_experts": 128,
+      "num_local_experts": None,
+      "num_experts_per_tok": 8,
+      "moe_intermediate_size": 768,
+      "norm_topk_prob": False,
+    },
+    supported={
+      **_FULL_ATTENTION,
+      "decoder_sparse_step": (1,),
+      "mlp_only_layers": ([], None),
+    },
+    attributes={"qk_norm": True},
+    tensors={
+      "mlp.router.kernel": "mlp.gate.weight",
+      "mlp.gate.kernel": "mlp.experts.{}.gate_proj.weight",
+      "mlp.up.kernel": "mlp.experts.{}.up_proj.weight",
+      "mlp.down.kernel": "mlp.experts.{}.down_proj.weight",
+    },
   ),
   "gemma2": Family(
     architecture="Gemma2ForCausalLM",
@@ -165,12 +191,12 @@ HARMLESS = frozenset(
   _attn_implementation _attn_implementation_autoset _flash_attn_2_enabled
   _name_or_path _sliding_window_pattern architectures attention_dropout
   begin_suppress_tokens bos_token bos_token_id cache_implementation
-  chunk_size_feed_forward decoder_start_token_id dtype eos_token
-  eos_token_id exponential_decay_length_penalty finetuning_task
-  forced_bos_token_id forced_eos_token_id gradient_checkpointing id2label
-  initializer_range is_decoder keys_to_ignore_at_inference label2id
-  max_window_layers model_type num_labels output_attentions
-  output_hidden_states pad_token pad_token_id prefix problem_type return_dict
+  chunk_size_feed_forward decoder_start_token_id dtype eos_token eos_token_id
+  exponential_decay_length_penalty finetuning_task forced_bos_token_id
+  forced_eos_token_id gradient_checkpointing id2label initializer_range
+  is_decoder keys_to_ignore_at_inference label2id max_window_layers model_type
+  num_labels output_attentions output_hidden_states output_router_logits
+  pad_token pad_token_id prefix problem_type return_dict router_aux_loss_coef
   sep_token_id suppress_tokens task_specific_params tie_encoder_decoder
   tie_last_hidden_states tokenizer_class torch_dtype torchscript
   transformers_version unsloth_fixed unsloth_version use_bfloat16 use_cache

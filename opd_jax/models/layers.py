@@ -236,33 +236,3 @@ class MLP(nnx.Module):
     """Each token by itself."""
     activate = ACTIVATIONS[self.activation]
     return self.down(activate(self.gate(x)) * self.up(x))
-
-
-class Block(nnx.Module):
-  """Attention and MLP, each behind a norm and added to its input.
-
-  With `post_norms` what they return is normed as well.
-  """
-
-  def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-    self.attention_norm = RMSNorm(config, config.hidden_size)
-    self.attention = Attention(config, rngs)
-    self.mlp_norm = RMSNorm(config, config.hidden_size)
-    self.mlp = MLP(config, rngs)
-    if config.post_norms:
-      self.attention_post_norm = RMSNorm(config, config.hidden_size)
-      self.mlp_post_norm = RMSNorm(config, config.hidden_size)
-    self.post_norms = config.post_norms
-
-  def finish(
-    self, x: Float[Array, "B T D"], mixed: Float[Array, "B T N H"]
-  ) -> Float[Array, "B T D"]:
-    """The rest of the block, after attention has mixed the values."""
-    attended = self.attention.output(mixed)
-    if self.post_norms:
-      attended = self.attention_post_norm(attended)
-    x = x + attended
-    out = self.mlp(self.mlp_norm(x))
-    if self.post_norms:
-      out = self.mlp_post_norm(out)
-    return x + out

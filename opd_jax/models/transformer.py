@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from opd_jax.models import layers
+from opd_jax.models import block, layers
 from opd_jax.models.config import ModelConfig
 from opd_jax.types import Params
 
@@ -24,7 +24,7 @@ def _builders(
 ) -> Mapping[str, Callable[[nnx.Rngs], nnx.Module]]:
   builders: dict[str, Callable[[nnx.Rngs], nnx.Module]] = {
     "embed": lambda rngs: layers.Embedding(config, rngs),
-    STACKED: lambda rngs: layers.Block(config, rngs),
+    STACKED: lambda rngs: block.Block(config, rngs),
     "final_norm": lambda rngs: layers.RMSNorm(config, config.hidden_size),
   }
   if not config.tie_embeddings:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from opd_jax.errors import InputError
-from opd_jax.models import ModelConfig, Rope
+from opd_jax.models import Experts, ModelConfig, Rope
 from tests.models import tiny
 
 LLAMA = {
@@ -19,6 +19,7 @@ LLAMA = {
 QWEN2 = {**LLAMA, "model_type": "qwen2", "num_key_value_heads": 2}
 QWEN3 = {**QWEN2, "model_type": "qwen3"}
 MISTRAL = {**QWEN2, "model_type": "mistral"}
+MOE = {**QWEN2, "model_type": "qwen3_moe"}
 GEMMA2 = {**QWEN2, "model_type": "gemma2"}
 GEMMA3 = {**QWEN2, "model_type": "gemma3_text", "num_hidden_layers": 8}
 LLAMA3_SCALING = {
@@ -184,6 +185,15 @@ def test_mistral_is_local_in_all_layers_or_in_none():
   assert (everywhere.window, everywhere.local_layers) == (None, (False,))
 
 
+@pytest.mark.parametrize("name", ["num_experts", "num_local_experts"])
+def test_a_mixture_of_every_transformers_version(name):
+  moe = ModelConfig.from_hf({**MOE, name: 64, "mlp_only_layers": []})
+  assert moe.experts == Experts(
+    count=64, per_token=8, size=768, renormalize=False
+  )
+  assert (moe.head_size, moe.qk_norm) == (8, True)
+
+
 REFUSED = {
   "family": (LLAMA, {"model_type": "mamba"}, "supported: llama, mistral"),
   "images": (
@@ -201,6 +211,9 @@ REFUSED = {
     {"layer_types": ["full_attention", "sliding_attention"]},
     "layer_types",
   ),
+  "dense layers": (MOE, {"mlp_only_layers": [0]}, "mlp_only_layers"),
+  "sparse steps": (MOE, {"decoder_sparse_step": 2}, "decoder_sparse_step"),
+  "too few experts": (MOE, {"num_experts": 7}, "num_experts_per_tok = 8"),
   "mistral's layer_types": (
     MISTRAL,
     {"layer_types": ["full_attention"] * 2},

@@ -69,6 +69,20 @@ def _linear(layer, x, inputs=1):
 
 
 def _mlp(config, mlp, x):
+  if config.experts is not None:
+    logits = _linear(mlp["router"], x)
+    shares = np.exp(logits - logits.max())
+    shares /= shares.sum()
+    chosen = np.argsort(-shares)[: config.experts.per_token]
+    total = shares[chosen].sum() if config.experts.renormalize else 1.0
+    result = 0.0
+    for expert in chosen:
+      gate, up, down = (
+        mlp[name]["kernel"][expert] for name in ("gate", "up", "down")
+      )
+      inner = _activate(config, x @ gate) * (x @ up)
+      result = result + shares[expert] / total * (inner @ down)
+    return result
   gate = _activate(config, _linear(mlp["gate"], x))
   return _linear(mlp["down"], gate * _linear(mlp["up"], x))
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from opd_jax import sequences, sharding
-from opd_jax.models import Model, ModelConfig, Rope
+from opd_jax.models import Experts, Model, ModelConfig, Rope
 from opd_jax.types import PromptBatch
 
 _LLAMA = ModelConfig(
@@ -72,6 +72,13 @@ CONFIGS = {
       theta=100.0,
       options=(("factor", 4.0), ("original_max_position_embeddings", 8)),
     ),
+  ),
+  "qwen3_moe": dataclasses.replace(
+    _LLAMA,
+    family="qwen3_moe",
+    qk_norm=True,
+    tie_embeddings=False,
+    experts=Experts(count=6, per_token=3, size=12, renormalize=True),
   ),
   # Every layer is local.
   "mistral": dataclasses.replace(

@@ -51,6 +51,12 @@ GEMMA = {
   "sliding_window": 7,
   "rms_norm_eps": 1e-5,
 }
+MOE = {
+  **LLAMA,
+  "moe_intermediate_size": 12,
+  "num_experts": 6,
+  "num_experts_per_tok": 2,
+}
 # name: class of transformers' config, its fields.
 CASES = {
   "llama": ("LlamaConfig", LLAMA),
@@ -78,6 +84,19 @@ CASES = {
   ),
   "mistral": ("MistralConfig", {**LLAMA, "sliding_window": None}),
   "mistral local": ("MistralConfig", {**LLAMA, "sliding_window": 7}),
+  "qwen3_moe": ("Qwen3MoeConfig", MOE),
+  "qwen3_moe renormalised": (
+    "Qwen3MoeConfig",
+    {
+      **MOE,
+      "num_experts": 7,
+      "num_experts_per_tok": 3,
+      "norm_topk_prob": True,
+      "attention_bias": True,
+      "rope_parameters": YARN,
+      "tie_word_embeddings": True,
+    },
+  ),
   "gemma2": (
     "Gemma2Config",
     {**GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
