@@ -7,9 +7,9 @@ all belong to one expert, and the blocks run one after the other. A block that
 is not full is padded, so the operations are those of the chosen experts and at
 most one block for each of the others.
 
-Experts are spread over the mesh axis "expert". Every device runs its own on the
-tokens it sees, which are the same along that axis, and the sum over the axis is
-the answer.
+Experts are spread over the mesh axis "expert", and so are rows of the batch.
+Every device gathers the tokens along that axis, runs its own experts on those
+that chose them, and gets the sum over the axis of its own rows.
 """
 
 import functools
@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from opd_jax.models import layers
@@ -81,25 +82,18 @@ class Experts(nnx.Module):
       for stack in (self.gate, self.up, self.down)
     )
     kernels: Kernels = (gate, up, down)
-    batch = layout.shards("batch")
-    rows = layout.spec((None if x.shape[0] % batch else "batch", None, None))
-    places = tuple(
-      layout.spec(axes, kernel.shape)
-      for axes, kernel in zip(
-        (
-          ("experts", None, "ffw"),
-          ("experts", None, "ffw"),
-          ("experts", "ffw", None),
-        ),
-        kernels,
-        strict=True,
-      )
-    )
     over = layout.mesh_axes("experts")
+    apart = tuple(
+      axis for axis in layout.mesh_axes("batch") if axis not in over
+    )
+    spread = len(x) % layout.shards("batch") == 0
+    rows = PartitionSpec(apart if spread else None)
+    wide = layout.spec(("experts", None, "ffw"), gate.shape)
+    places = (wide, wide, layout.spec(("experts", "ffw", None), down.shape))
 
     def local(x: Any, weights: Any, chosen: Any, kernels: Kernels) -> Any:
       count = kernels[0].shape[0]
-      first = jax.lax.axis_index(over) * count if over else 0
+      first = jax.lax.axis_index(over) * count
       mixed = mix(x, weights, chosen - first, kernels, self.activation)
       return jax.lax.psum(mixed, over + layout.mesh_axes("ffw"))
 
