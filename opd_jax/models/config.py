@@ -299,7 +299,7 @@ def _unsupported_family(values: Mapping[str, Any]) -> str:
   if "text_config" in values:
     message += (
       ". This one reads more than text; give a checkpoint of its text model "
-      "alone, saved with transformers"
+      "alone (docs/models.md says how to write one)"
     )
   return message
 

@@ -1,5 +1,7 @@
 """The model against numpy, with a cache, rematerialised, on eight devices."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -164,6 +166,19 @@ def _assert_trees_close(got, want, **tolerance):
     got,
     want,
   )
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "qwen3_moe"])
+def test_programs_do_not_grow_with_the_depth(name):
+  def size(layers):
+    config = dataclasses.replace(tiny.CONFIGS[name], num_layers=layers)
+    model = Model(config, tiny.layout())
+    lowered = jax.jit(model.hidden).lower(
+      model.abstract_params(), *tiny.joined()
+    )
+    return lowered.as_text().count("dot_general")
+
+  assert size(24) == size(5) > 0
 
 
 def test_rematerialisation_changes_no_gradient():

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from opd_jax.errors import InputError
 from opd_jax.export import export
 from opd_jax.models import Model, hf
 from tests.models import tiny
@@ -253,6 +254,43 @@ def test_our_weights_and_config_in_transformers(name, tmp_path):
     _torch_logits(theirs.eval(), tokens, positions),
     positions,
   )
+
+
+def test_the_text_model_of_a_multimodal_gemma(tmp_path):
+  """As docs/models.md says to write it."""
+  vision = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+  }
+  config = transformers.Gemma3Config(
+    text_config={**GEMMA, "query_pre_attn_scalar": 12},
+    vision_config=vision,
+    mm_tokens_per_image=1,
+    image_token_index=104,
+  )
+  transformers.Gemma3ForConditionalGeneration(config).save_pretrained(
+    tmp_path / "whole"
+  )
+  with pytest.raises(InputError, match="text model alone"):
+    hf.read_config(tmp_path / "whole")
+  whole = transformers.AutoModelForImageTextToText.from_pretrained(
+    tmp_path / "whole"
+  )
+  text = transformers.Gemma3ForCausalLM(whole.config.text_config)
+  text.model.load_state_dict(whole.model.language_model.state_dict())
+  text.save_pretrained(tmp_path / "text")
+  tokens, positions = _batch(104)
+  model = Model(hf.read_config(tmp_path / "text"), tiny.layout())
+  ours = _our_logits(
+    model, hf.load(tmp_path / "text", model), tokens, positions
+  )
+  want = _torch_logits(whole.eval(), tokens, positions)
+  assert np.abs(want).max() > 0.1
+  _assert_same_logits(ours, want, positions)
 
 
 def test_bfloat16_files_both_ways(tmp_path):
