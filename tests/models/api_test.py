@@ -1,6 +1,8 @@
 """The model against numpy, with a cache, rematerialised, on eight devices."""
 
 import dataclasses
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -215,28 +217,47 @@ def test_eight_devices_decode_as_one(name):
   )
 
 
-def test_a_decoded_token_moves_neither_weights_nor_cache():
-  """Also where four shards share two key/value heads."""
-  layout = tiny.layout({"fsdp": 2, "tensor": 4}, sharding.DECODE_RULES)
-  model = Model(tiny.CONFIGS["llama"], layout)
+def _compiled_decode(model, rows=4):
+  """The text of the program that decodes a token."""
+  layout = model.layout
   place = lambda leaf, axes: jax.ShapeDtypeStruct(
     leaf.shape, leaf.dtype, sharding=layout.sharding(axes, leaf.shape)
   )
-  cache = jax.eval_shape(lambda: model.init_cache(4, 12))
+  cache = jax.eval_shape(lambda: model.init_cache(rows, 12))
   cache = KVCache(
     keys=place(cache.keys, CACHE_AXES),
     values=place(cache.values, CACHE_AXES),
     positions=place(cache.positions, ("batch", None)),
   )
-  ids = place(jax.ShapeDtypeStruct((4,), jnp.int32), ("batch",))
+  ids = place(jax.ShapeDtypeStruct((rows,), jnp.int32), ("batch",))
   program = jax.jit(model.decode).lower(
     model.abstract_params(), cache, ids, ids, 5
   )
-  text = program.compile().as_text()
+  return program.compile().as_text()
+
+
+def test_a_decoded_token_moves_neither_weights_nor_cache():
+  """Also where four shards share two key/value heads."""
+  layout = tiny.layout({"fsdp": 2, "tensor": 4}, sharding.DECODE_RULES)
+  text = _compiled_decode(Model(tiny.CONFIGS["llama"], layout))
   for collective in ("all-gather(", "all-to-all(", "collective-permute("):
     assert collective not in text
   # Attention output and MLP of the one scanned block, and the embedding.
   assert text.count("all-reduce(") == 3
+
+
+def test_a_token_for_experts_elsewhere_moves_alone():
+  """Rows are gathered along the axis of experts, and nothing else is."""
+  layout = tiny.layout(EIGHT_OF["qwen3_moe"], sharding.DECODE_RULES)
+  model = Model(tiny.CONFIGS["qwen3_moe"], layout)
+  text = _compiled_decode(model)
+  for collective in ("all-to-all(", "collective-permute("):
+    assert collective not in text
+  gathered = re.findall(r"= \w+\[([\d,]+)\]\S* all-gather\(", text)
+  assert gathered
+  for shape in gathered:
+    # No more than the hidden states of all rows.
+    assert math.prod(map(int, shape.split(","))) <= 4 * 20
 
 
 def test_fewer_rows_than_shards_are_replicated():
