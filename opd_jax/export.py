@@ -170,7 +170,13 @@ def _fetcher(
   """Brings one tensor to the host, whatever devices hold it."""
   place = functools.partial(jax.jit, out_shardings=model.layout.replicated())
   whole = place(lambda leaf: leaf.astype(dtype))
-  one_of = place(lambda leaf, index: leaf[index].astype(dtype))
+
+  @place
+  def one_of(leaf: jax.Array, index: tuple[int, ...]) -> jax.Array:
+    # The layer first: layers are not spread, but experts may be.
+    for number in index:
+      leaf = jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False)
+    return leaf.astype(dtype)
 
   def fetch(tensor: hf.Tensor) -> np.ndarray:
     leaf: Any = params

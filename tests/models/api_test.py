@@ -260,11 +260,12 @@ def test_a_token_for_experts_elsewhere_moves_alone():
     assert math.prod(map(int, shape.split(","))) <= 4 * 20
 
 
-def test_fewer_rows_than_shards_are_replicated():
-  params = tiny.params("llama")
-  spread = Model(tiny.CONFIGS["llama"], tiny.layout(EIGHT))
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+def test_fewer_rows_than_shards_are_replicated(name):
+  params = tiny.params(name)
+  spread = Model(tiny.CONFIGS[name], tiny.layout(EIGHT_OF[name]))
   tokens, positions = tiny.joined(batch=3)
-  want = jax.jit(tiny.model("llama").hidden)(params, tokens, positions)
+  want = jax.jit(tiny.model(name).hidden)(params, tokens, positions)
   shardings = jax.tree.map(lambda leaf: leaf.sharding, spread.abstract_params())
   placed = jax.device_put(params, shardings)
   got = jax.jit(spread.hidden)(placed, tokens, positions)
