@@ -19,6 +19,8 @@ EIGHT = {"replica": 2, "fsdp": 2, "tensor": 2}
 EIGHT_OF = {
   "llama": EIGHT,
   "llama_biases": EIGHT,
+  "mistral": EIGHT,
+  "gemma2": EIGHT,
   "gemma3": EIGHT,
   "qwen3_moe": {"fsdp": 2, "tensor": 2, "expert": 2},
 }
@@ -183,11 +185,12 @@ def test_programs_do_not_grow_with_the_depth(name):
   assert size(24) == size(5) > 0
 
 
-def test_rematerialisation_changes_no_gradient():
-  params = tiny.params("llama")
-  want = _gradient(tiny.model("llama"), params)
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3_moe"])
+def test_rematerialisation_changes_no_gradient(name):
+  params = tiny.params(name)
+  want = _gradient(tiny.model(name), params)
   for remat in ("dots", "full"):
-    got = _gradient(tiny.model("llama", remat=remat), params)
+    got = _gradient(tiny.model(name, remat=remat), params)
     _assert_trees_close(got, want, rtol=1e-4, atol=1e-4)
 
 
@@ -299,11 +302,12 @@ def test_init_makes_weights_in_their_places_whatever_the_mesh():
   assert np.all(rows[:105].std(axis=1) > 0)
 
 
-def test_bfloat16_stays_near_float32_and_gives_float32_logits():
-  params = tiny.params("qwen3")
+@pytest.mark.parametrize("name", ["qwen3", "gemma3"])
+def test_bfloat16_stays_near_float32_and_gives_float32_logits(name):
+  params = tiny.params(name)
   model, half = (
-    tiny.model("qwen3"),
-    tiny.model("qwen3", compute_dtype="bfloat16"),
+    tiny.model(name),
+    tiny.model(name, compute_dtype="bfloat16"),
   )
   tokens, positions = tiny.joined()
   want = jax.jit(model.hidden)(params, tokens, positions)
