@@ -170,19 +170,19 @@ def _fetcher(
   """Brings one tensor to the host, whatever devices hold it."""
   place = functools.partial(jax.jit, out_shardings=model.layout.replicated())
   whole = place(lambda leaf: leaf.astype(dtype))
-  layer_of = place(
-    lambda leaf, layer: jax.lax.dynamic_index_in_dim(
-      leaf, layer, keepdims=False
-    ).astype(dtype)
-  )
+
+  @place
+  def one_of(leaf: jax.Array, index: tuple[int, ...]) -> jax.Array:
+    # The layer first: layers are not spread, but experts may be.
+    for number in index:
+      leaf = jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False)
+    return leaf.astype(dtype)
 
   def fetch(tensor: hf.Tensor) -> np.ndarray:
     leaf: Any = params
     for name in tensor.parameter.split("."):
       leaf = leaf[name]
-    value = (
-      whole(leaf) if tensor.layer is None else layer_of(leaf, tensor.layer)
-    )
+    value = one_of(leaf, tensor.index) if tensor.index else whole(leaf)
     return tensor.to_file(np.asarray(value))
 
   return fetch

@@ -36,18 +36,27 @@ def forward(
 ) -> float:
   """Operations of a forward pass.
 
+  Of experts those count that a token runs through.
+
   Args:
     config: of the model.
     tokens: run through the blocks.
-    context: tokens each of them attends to, on average.
+    context: tokens each of them attends to, on average; local layers no more
+      than their window.
     predicted: tokens whose next-token logits are computed.
   """
   heads = config.num_heads * config.head_size
   kv_heads = config.num_kv_heads * config.head_size
-  weights = config.hidden_size * (
-    2 * heads + 2 * kv_heads + 3 * config.intermediate_size
+  inner = 3 * config.intermediate_size
+  if config.experts is not None:
+    experts = config.experts
+    inner = 3 * experts.per_token * experts.size + experts.count
+  weights = config.hidden_size * (2 * heads + 2 * kv_heads + inner)
+  seen = sum(
+    min(context, config.window or context) if local else context
+    for local in config.is_local
   )
-  per_token = config.num_layers * (2 * weights + 4 * heads * context)
+  per_token = config.num_layers * 2 * weights + 4 * heads * seen
   head = 2 * config.hidden_size * config.vocab_size
   return tokens * per_token + predicted * head
 

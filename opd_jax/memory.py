@@ -506,8 +506,12 @@ def _local(config: ModelConfig, shards: int) -> ModelConfig:
   kv_heads = math.gcd(heads, config.num_kv_heads)
   if config.num_kv_heads % shards == 0:
     kv_heads = config.num_kv_heads // shards
+  experts = config.experts
+  if experts is not None:
+    experts = dataclasses.replace(experts, size=experts.size // shards)
   return dataclasses.replace(
     config,
+    experts=experts,
     num_heads=heads,
     num_kv_heads=kv_heads,
     intermediate_size=config.intermediate_size // shards,

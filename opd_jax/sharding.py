@@ -22,7 +22,7 @@ MESH_AXES = ("replica", "fsdp", "tensor", "context", "expert")
 Axes = tuple[str | None, ...]
 
 TRAIN_RULES: Mapping[str, str | tuple[str, ...] | None] = {
-  "batch": ("replica", "fsdp"),
+  "batch": ("replica", "fsdp", "expert"),
   "layers": None,
   "vocab": "tensor",
   "embed": "fsdp",
@@ -30,6 +30,7 @@ TRAIN_RULES: Mapping[str, str | tuple[str, ...] | None] = {
   "kv_heads": "tensor",
   "head_size": None,
   "ffw": "tensor",
+  "experts": "expert",
   "norm": None,
 }
 DECODE_RULES = {**TRAIN_RULES, "embed": None}

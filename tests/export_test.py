@@ -23,6 +23,16 @@ def test_export_then_load_gives_the_same_weights(name, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, got, params)
 
 
+def test_spread_experts_are_written_one_by_one(tmp_path):
+  params = tiny.params("qwen3_moe")
+  layout = tiny.layout({"fsdp": 2, "tensor": 2, "expert": 2})
+  spread = Model(tiny.CONFIGS["qwen3_moe"], layout)
+  places = jax.tree.map(lambda leaf: leaf.sharding, spread.abstract_params())
+  export(jax.device_put(params, places), spread, None, tmp_path / "out")
+  got = hf.load(tmp_path / "out", tiny.model("qwen3_moe"))
+  jax.tree.map(np.testing.assert_array_equal, got, params)
+
+
 def test_a_real_checkpoint_goes_through_eight_devices_unchanged(
   shared_data, tmp_path
 ):

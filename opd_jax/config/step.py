@@ -241,7 +241,7 @@ class MeshConfig:
     fsdp: data parallel with weights and optimizer state spread over it.
     tensor: heads, feed-forward and vocabulary spread over it.
     context: for the sequence; must be 1, nothing is spread over it yet.
-    expert: for the experts; likewise.
+    expert: data parallel, and the experts of a mixture spread over it.
   """
 
   replica: int = 1
@@ -261,9 +261,8 @@ class MeshConfig:
     require(
       len(free) <= 1, f"only one mesh axis may be -1, got {', '.join(free)}"
     )
-    for name in ("context", "expert"):
-      require(
-        sizes[name] == 1,
-        f"mesh.{name} must be 1: nothing is spread over it yet, got "
-        f"{sizes[name]}; use fsdp and tensor",
-      )
+    require(
+      self.context == 1,
+      "mesh.context must be 1: nothing is spread over it yet, got "
+      f"{self.context}; use fsdp and tensor",
+    )

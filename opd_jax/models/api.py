@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
-from typing import Any
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +24,21 @@ _REMAT_POLICIES = {
 }
 
 
+class _View(NamedTuple):
+  """What a layer knows of places: who sees whom, and the rotations."""
+
+  visible: Bool[Array, "B T S"]
+  cosine: Float[Array, "B T 1 H2"]
+  sine: Float[Array, "B T 1 H2"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Model:
   """Everything about a model but its weights; hashable, so it may be static.
 
   A token in slot s of a row attends to a slot of the same row iff that slot's
-  position is >= 0 and <= its own. Position -1 marks an empty slot: nothing
+  position is >= 0 and <= its own; in a local layer also only if the positions
+  are less than the window apart. Position -1 marks an empty slot: nothing
   sees it, and what comes out of it is finite and means nothing. In a row of
   several segments a token sees the slots of its own segment only.
 
@@ -130,10 +141,11 @@ class Model:
       segments: which of several texts in its row a slot belongs to; None for
         one text a row.
     """
-    visible = _visible(positions, positions)
+    same = None
     if segments is not None:
-      visible &= segments[:, :, None] == segments[:, None, :]
-    x, _ = self._forward(params, tokens, positions, visible, keep_cache=False)
+      same = segments[:, :, None] == segments[:, None, :]
+    view = self._views(positions, positions, same)
+    x, _ = self._forward(params, tokens, view, keep_cache=False)
     return self._rows(self._part(params, "final_norm")(x))
 
   def logits(
@@ -151,6 +163,8 @@ class Model:
       self._table(params, name),
       dtype=jnp.float32,
     )
+    if self.config.logit_softcap is not None:
+      scores = layers.soft_cap(scores, self.config.logit_softcap)
     column = jax.lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
     real = column < self.config.vocab_size
     return self._rows(jnp.where(real, scores, MASKED_LOGPROB), "vocab")
@@ -193,8 +207,8 @@ class Model:
       The hidden state of slot P - 1 behind the final norm, and the cache with
       its first P slots written.
     """
-    visible = _visible(positions, positions)
-    x, (keys, values) = self._forward(params, tokens, positions, visible, True)
+    view = self._views(positions, positions)
+    x, (keys, values) = self._forward(params, tokens, view, keep_cache=True)
     free = slots - tokens.shape[1]
     padding = ((0, 0), (0, 0), (0, 0), (0, free), (0, 0))
     cache = KVCache(
@@ -225,20 +239,19 @@ class Model:
     Returns:
       Hidden states behind the final norm, and the cache with the slot written.
     """
-    config = self.config
     seen = jax.lax.dynamic_update_slice(
       cache.positions, positions[:, None].astype(jnp.int32), (0, slot)
     )
-    visible = _visible(positions[:, None], seen)
-    turn = rope.angles(config.rope, config.head_size, positions[:, None])
+    view_of = self._views(positions[:, None], seen)
     x = self._embed(params, tokens[:, None])
 
     def step(carry, scanned):
       x, keys, values = carry
-      weights, layer = scanned
+      weights, layer, local = scanned
       block = self._part({transformer.STACKED: weights}, transformer.STACKED)
+      view = view_of(local)
       query, (key, value) = block.attention.project(
-        block.attention_norm(x), *turn
+        block.attention_norm(x), view.cosine, view.sine
       )
       # Pinned here as well: a compiler that moves the cache inside the loop
       # over layers has to move all of it back for every token.
@@ -252,10 +265,18 @@ class Model:
       here = functools.partial(
         jax.lax.dynamic_index_in_dim, index=layer, keepdims=False
       )
-      mixed = layers.attend(query, here(keys), here(values), visible)
-      return (self._rows(block.finish(x, mixed)), keys, values), None
+      mixed = block.attention.mix(query, here(keys), here(values), view.visible)
+      return (
+        self._rows(block.finish(x, mixed, self.layout)),
+        keys,
+        values,
+      ), None
 
-    scanned = (params[transformer.STACKED], jnp.arange(config.num_layers))
+    scanned = (
+      params[transformer.STACKED],
+      jnp.arange(self.config.num_layers),
+      jnp.asarray(self.config.is_local),
+    )
     (x, keys, values), _ = jax.lax.scan(
       step, (x, cache.keys, cache.values), scanned
     )
@@ -267,32 +288,71 @@ class Model:
     self,
     params: Params,
     tokens: Int[Array, "B S"],
-    positions: Int[Array, "B S"],
-    visible: Bool[Array, "B S S"],
+    view_of: Callable[[Bool[Array, ""]], _View],
     keep_cache: bool,
   ) -> tuple[Float[Array, "B S D"], Any]:
     """Hidden states before the final norm, and all layers' keys and values."""
-    config = self.config
-    turn = rope.angles(config.rope, config.head_size, positions)
 
-    def step(x, weights):
+    def step(x, scanned):
+      weights, local = scanned
       block = self._part({transformer.STACKED: weights}, transformer.STACKED)
+      view = view_of(local)
       query, (keys, values) = block.attention.project(
-        block.attention_norm(x), *turn
+        block.attention_norm(x), view.cosine, view.sine
       )
-      x = block.finish(x, layers.attend(query, keys, values, visible))
+      mixed = block.attention.mix(query, keys, values, view.visible)
+      x = block.finish(x, mixed, self.layout)
       return self._rows(x), (keys, values) if keep_cache else None
 
     if self.remat != "none":
       policy = _REMAT_POLICIES[self.remat]
       step = jax.checkpoint(step, policy=policy, prevent_cse=False)
     x = self._embed(params, tokens)
-    return jax.lax.scan(step, x, params[transformer.STACKED])
+    local = jnp.asarray(self.config.is_local)
+    return jax.lax.scan(step, x, (params[transformer.STACKED], local))
+
+  def _views(
+    self,
+    queries: Int[Array, "B T"],
+    keys: Int[Array, "B S"],
+    same: Bool[Array, "B T S"] | None = None,
+  ) -> Callable[[Bool[Array, ""]], _View]:
+    """Views by kind of layer; both kinds are made once, for all layers.
+
+    Args:
+      queries: positions.
+      keys: positions.
+      same: whether query and key are of the same text; None if all are.
+
+    Returns:
+      A function of whether the layer is local.
+    """
+    config = self.config
+
+    def view(local: bool) -> _View:
+      visible = _visible(queries, keys, config.window if local else None)
+      if same is not None:
+        visible &= same
+      turns = config.local_rope if local else None
+      turn = rope.angles(turns or config.rope, config.head_size, queries)
+      return _View(visible, *turn)
+
+    views = {local: view(local) for local in set(config.local_layers)}
+    if len(views) == 1:
+      (only,) = views.values()
+      return lambda local: only
+    return lambda local: jax.tree.map(
+      functools.partial(jnp.where, local), views[True], views[False]
+    )
 
   def _embed(
     self, params: Params, tokens: Int[Array, "B S"]
   ) -> Float[Array, "B S D"]:
-    return self._rows(jnp.take(self._table(params, "embed"), tokens, axis=0))
+    x = jnp.take(self._table(params, "embed"), tokens, axis=0)
+    if self.config.scale_embeddings:
+      # The factor is rounded to the compute dtype, as in the original models.
+      x = x * jnp.asarray(math.sqrt(self.config.hidden_size), x.dtype)
+    return self._rows(x)
 
   def _table(self, params: Params, name: str) -> Float[Array, "V D"]:
     """An embedding, spread over the vocabulary alone.
@@ -329,8 +389,9 @@ class Model:
 
 
 def _visible(
-  queries: Int[Array, "B T"], keys: Int[Array, "B S"]
+  queries: Int[Array, "B T"], keys: Int[Array, "B S"], window: int | None
 ) -> Bool[Array, "B T S"]:
   """Which slots a query may see; see `Model`."""
-  keys = keys[:, None, :]
-  return (keys >= 0) & (keys <= queries[:, :, None])
+  queries, keys = queries[:, :, None], keys[:, None, :]
+  visible = (keys >= 0) & (keys <= queries)
+  return visible if window is None else visible & (keys > queries - window)

@@ -5,10 +5,11 @@ does not know is refused too, because it may change the mathematics.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from opd_jax.errors import InputError
+from opd_jax.models.families import FAMILIES, HARMLESS, SUPPORTED
 
 VOCAB_MULTIPLE = 128
 
@@ -41,66 +42,9 @@ _REQUIRED = (
   "num_attention_heads",
 )
 
-# What a file that leaves a field out means, per family.
-_COMMON_DEFAULTS: Mapping[str, Any] = {
-  "head_dim": None,
-  "max_position_embeddings": 32768,
-  "rms_norm_eps": 1e-6,
-  "tie_word_embeddings": False,
-  "rope_theta": 10000.0,
-  "rope_scaling": None,
-  "rope_parameters": None,
-}
-_FAMILY_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-  "llama": {
-    **_COMMON_DEFAULTS,
-    "num_key_value_heads": None,
-    "max_position_embeddings": 2048,
-    "attention_bias": False,
-    "mlp_bias": False,
-  },
-  "qwen2": {**_COMMON_DEFAULTS, "num_key_value_heads": 32},
-  "qwen3": {
-    **_COMMON_DEFAULTS,
-    "num_key_value_heads": 32,
-    "head_dim": 128,
-    "attention_bias": False,
-  },
-}
+Value = TypeVar("Value")
 
-# Fields that change the mathematics, and the values that leave it alone.
-_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-  "hidden_act": ("silu",),
-  "partial_rotary_factor": (1.0, None),
-  "pretraining_tp": (1, None),
-  "quantization_config": (None,),
-  "use_sliding_window": (False, None),
-  "use_mrope": (False, None),
-  "is_encoder_decoder": (False,),
-  "add_cross_attention": (False,),
-  "cross_attention_hidden_size": (None,),
-  "pruned_heads": ({}, None),
-  "per_layer_config": ({}, None),
-  "auto_map": ({}, None),
-}
-
-# Fields that say nothing about the forward pass without dropout, which is all
-# this program runs.
-_HARMLESS = frozenset(
-  """
-  _attn_implementation _attn_implementation_autoset _flash_attn_2_enabled
-  _name_or_path architectures attention_dropout begin_suppress_tokens bos_token
-  bos_token_id chunk_size_feed_forward decoder_start_token_id dtype eos_token
-  eos_token_id exponential_decay_length_penalty finetuning_task
-  forced_bos_token_id forced_eos_token_id gradient_checkpointing id2label
-  initializer_range is_decoder keys_to_ignore_at_inference label2id
-  max_window_layers model_type num_labels output_attentions
-  output_hidden_states pad_token pad_token_id prefix problem_type return_dict
-  sep_token_id suppress_tokens task_specific_params tie_encoder_decoder
-  tie_last_hidden_states tokenizer_class torch_dtype torchscript
-  transformers_version unsloth_fixed unsloth_version use_bfloat16 use_cache
-  """.split()
-)
+_LAYER_TYPES = {"full_attention": False, "sliding_attention": True}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,14 +63,38 @@ class Rope:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-  """A decoder: RMSNorm, grouped-query attention with rotary positions, SwiGLU.
+class Experts:
+  """A mixture of experts in place of every MLP.
 
   Attributes:
-    family: "llama", "qwen2" or "qwen3".
+    count: E.
+    per_token: experts that each token runs through.
+    size: F of one of them.
+    renormalize: the weights of a token's experts sum to 1.
+  """
+
+  count: int
+  per_token: int
+  size: int
+  renormalize: bool
+
+  def __post_init__(self):
+    if self.per_token > self.count:
+      raise InputError(
+        f"num_experts_per_tok = {self.per_token} must be at most "
+        f"num_experts = {self.count}"
+      )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+  """A decoder: RMSNorm, grouped-query attention with rotary positions, MLP.
+
+  Attributes:
+    family: one of `families.FAMILIES`.
     vocab_size: ids the model knows.
     hidden_size: D.
-    intermediate_size: F.
+    intermediate_size: F; of no use with experts in every layer.
     num_layers: L.
     num_heads: N, of the queries.
     num_kv_heads: M, of keys and values; divides N.
@@ -139,6 +107,17 @@ class ModelConfig:
     output_bias: the attention output has a bias.
     mlp_bias: all three MLP products have biases.
     qk_norm: RMSNorm over H on queries and keys, before the rotation.
+    activation: of the gate in the MLP, by its Hugging Face name.
+    window: tokens a local layer sees, itself included; None without one.
+    local_layers: which layers are local, repeated over the depth.
+    local_rope: of local layers; None for `rope`.
+    query_scalar: attention scores are divided by its root; None for H.
+    attention_softcap: c of c tanh(scores / c), in attention; None without.
+    logit_softcap: the same on the next-token logits.
+    norm_offset: RMSNorm multiplies by 1 + scale.
+    post_norms: attention and MLP are normed once more before they are added.
+    scale_embeddings: embeddings are multiplied by sqrt(D).
+    experts: in place of the MLP; None for the MLP.
   """
 
   family: str
@@ -157,6 +136,17 @@ class ModelConfig:
   output_bias: bool = False
   mlp_bias: bool = False
   qk_norm: bool = False
+  activation: str = "silu"
+  window: int | None = None
+  local_layers: tuple[bool, ...] = (False,)
+  local_rope: Rope | None = None
+  query_scalar: float | None = None
+  attention_softcap: float | None = None
+  logit_softcap: float | None = None
+  norm_offset: bool = False
+  post_norms: bool = False
+  scale_embeddings: bool = False
+  experts: Experts | None = None
 
   def __post_init__(self):
     if self.num_heads % self.num_kv_heads:
@@ -168,11 +158,24 @@ class ModelConfig:
       raise InputError(
         f"head_dim = {self.head_size} must be even: rotary positions turn pairs"
       )
+    if any(self.local_layers) and self.window is None:
+      raise InputError(
+        "sliding_window must be a whole number >= 1, got None: there are "
+        "layers of the type sliding_attention"
+      )
 
   @property
   def padded_vocab_size(self) -> int:
     """Rows of the embedding: the vocabulary, rounded up so that shards fit."""
     return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+  @property
+  def is_local(self) -> tuple[bool, ...]:
+    """Of each of the L layers, whether it sees no more than the window."""
+    pattern = self.local_layers
+    return tuple(
+      pattern[layer % len(pattern)] for layer in range(self.num_layers)
+    )
 
   @classmethod
   def from_hf(cls, values: Mapping[str, Any]) -> "ModelConfig":
@@ -182,17 +185,17 @@ class ModelConfig:
       InputError: an unknown family, an unknown field, a missing or malformed
         one, or a value whose mathematics is not implemented.
     """
-    family = values.get("model_type")
-    if family not in _FAMILY_DEFAULTS:
-      raise InputError(
-        f"model_type = {family!r} is not supported; supported: "
-        f"{', '.join(_FAMILY_DEFAULTS)}"
-      )
-    _refuse_unsupported(family, values)
-    for name in _REQUIRED:
-      if name not in values:
-        raise InputError(f"config.json has no {name}; is the file complete?")
-    fields = {**_FAMILY_DEFAULTS[family], **values}
+    name = values.get("model_type")
+    if name not in FAMILIES:
+      raise InputError(_unsupported_family(values))
+    family = FAMILIES[name]
+    _refuse_unsupported(name, values)
+    for required in _REQUIRED:
+      if required not in values:
+        raise InputError(
+          f"config.json has no {required}; is the file complete?"
+        )
+    fields = {**family.defaults, **values}
     heads = _size(fields, "num_attention_heads")
     if fields["num_key_value_heads"] is None:
       fields["num_key_value_heads"] = heads
@@ -203,30 +206,44 @@ class ModelConfig:
           f"num_attention_heads = {heads}; give head_dim"
         )
       fields["head_dim"] = fields["hidden_size"] // heads
+    rope, local_rope = _ropes(fields)
     attention_bias = _flag(fields, "attention_bias")
-    return cls(
-      family=family,
-      vocab_size=_size(fields, "vocab_size"),
-      hidden_size=_size(fields, "hidden_size"),
-      intermediate_size=_size(fields, "intermediate_size"),
-      num_layers=_size(fields, "num_hidden_layers"),
-      num_heads=heads,
-      num_kv_heads=_size(fields, "num_key_value_heads"),
-      head_size=_size(fields, "head_dim"),
-      max_positions=_size(fields, "max_position_embeddings"),
-      norm_eps=_number(fields, "rms_norm_eps"),
-      rope=_rope(fields),
-      tie_embeddings=_flag(fields, "tie_word_embeddings"),
-      qkv_bias=attention_bias or family == "qwen2",
-      output_bias=attention_bias,
-      mlp_bias=_flag(fields, "mlp_bias"),
-      qk_norm=family == "qwen3",
-    )
+    attributes: dict[str, Any] = {
+      "family": name,
+      "vocab_size": _size(fields, "vocab_size"),
+      "hidden_size": _size(fields, "hidden_size"),
+      "intermediate_size": _size(fields, "intermediate_size"),
+      "num_layers": _size(fields, "num_hidden_layers"),
+      "num_heads": heads,
+      "num_kv_heads": _size(fields, "num_key_value_heads"),
+      "head_size": _size(fields, "head_dim"),
+      "max_positions": _size(fields, "max_position_embeddings"),
+      "norm_eps": _number(fields, "rms_norm_eps"),
+      "rope": rope,
+      "tie_embeddings": _flag(fields, "tie_word_embeddings"),
+      "qkv_bias": attention_bias,
+      "output_bias": attention_bias,
+      "mlp_bias": _flag(fields, "mlp_bias"),
+      "local_rope": local_rope,
+      "query_scalar": _optional(_number, fields, "query_pre_attn_scalar"),
+      "attention_softcap": _optional(_number, fields, "attn_logit_softcapping"),
+      "logit_softcap": _optional(_number, fields, "final_logit_softcapping"),
+    }
+    if "sliding_window" in family.defaults:
+      attributes["local_layers"] = _local_layers(fields)
+      attributes["window"] = _optional(_size, fields, "sliding_window")
+    if "moe_intermediate_size" in family.defaults:
+      attributes["experts"] = _experts(fields)
+    return cls(**{**attributes, **family.attributes})
 
   def to_hf(self) -> dict[str, Any]:
     """Fields that `from_hf` and transformers 4 and 5 read."""
+    family = FAMILIES[self.family]
+    scaling = None
+    if self.rope.kind != "default":
+      scaling = {"rope_type": self.rope.kind, **dict(self.rope.options)}
     values: dict[str, Any] = {
-      "architectures": [f"{self.family.capitalize()}ForCausalLM"],
+      "architectures": [family.architecture],
       "model_type": self.family,
       "vocab_size": self.vocab_size,
       "hidden_size": self.hidden_size,
@@ -237,55 +254,153 @@ class ModelConfig:
       "head_dim": self.head_size,
       "max_position_embeddings": self.max_positions,
       "rms_norm_eps": self.norm_eps,
-      "hidden_act": "silu",
       "tie_word_embeddings": self.tie_embeddings,
       "rope_theta": self.rope.theta,
-      "rope_scaling": None,
+      "rope_scaling": scaling,
     }
-    if self.rope.kind != "default":
-      values["rope_scaling"] = {
-        "rope_type": self.rope.kind,
-        **dict(self.rope.options),
+    local_rope = self.local_rope or self.rope
+    special: dict[str, Any] = {
+      "attention_bias": self.output_bias,
+      "mlp_bias": self.mlp_bias,
+      "sliding_window": self.window,
+      "layer_types": [
+        "sliding_attention" if local else "full_attention"
+        for local in self.is_local
+      ],
+      "rope_local_base_freq": local_rope.theta,
+      "query_pre_attn_scalar": self.query_scalar,
+      "attn_logit_softcapping": self.attention_softcap,
+      "final_logit_softcapping": self.logit_softcap,
+    }
+    if self.experts is not None:
+      special |= {
+        "num_experts": self.experts.count,
+        "num_experts_per_tok": self.experts.per_token,
+        "moe_intermediate_size": self.experts.size,
+        "norm_topk_prob": self.experts.renormalize,
       }
-    known = _FAMILY_DEFAULTS[self.family]
-    if "attention_bias" in known:
-      values["attention_bias"] = self.output_bias
-    if "mlp_bias" in known:
-      values["mlp_bias"] = self.mlp_bias
+    values.update(
+      (name, value)
+      for name, value in special.items()
+      if name in family.defaults
+    )
+    for name in ("hidden_act", "hidden_activation"):
+      if name in family.supported:
+        values[name] = self.activation
     return values
+
+
+def _unsupported_family(values: Mapping[str, Any]) -> str:
+  """Says which families there are, and what to do about this model."""
+  message = (
+    f"model_type = {values.get('model_type')!r} is not supported; supported: "
+    f"{', '.join(FAMILIES)}"
+  )
+  if "text_config" in values:
+    message += (
+      ". This one reads more than text; give a checkpoint of its text model "
+      "alone (docs/models.md says how to write one)"
+    )
+  return message
 
 
 def _refuse_unsupported(family: str, values: Mapping[str, Any]) -> None:
   """Raises on the first field that is not read and may change the output."""
+  known = FAMILIES[family]
+  supported = {**SUPPORTED, **known.supported}
   for name, value in values.items():
-    if (
-      name in _REQUIRED or name in _FAMILY_DEFAULTS[family] or name in _HARMLESS
-    ):
+    if name in supported:
+      allowed = supported[name]
+    elif name in _REQUIRED or name in known.defaults or name in HARMLESS:
       continue
-    if name in _NEUTRAL:
-      supported = _NEUTRAL[name]
     elif name == "layer_types":
       if value is None or set(value) <= {"full_attention"}:
         continue
-      supported = ("full_attention for every layer",)
+      allowed = ("full_attention for every layer",)
     elif name == "sliding_window":
       # The Qwen families look at it only together with use_sliding_window.
-      supported = (None,) if family == "llama" else (value,)
+      continue
     else:
       raise InputError(
         f"config.json field {name} = {value!r} is unknown for {family} and may "
         "change the model's output; remove it if it does not"
       )
-    if value not in supported:
+    if value not in allowed:
       raise InputError(
         f"config.json field {name} = {value!r} is not supported; supported: "
-        f"{', '.join(repr(option) for option in supported)}"
+        f"{', '.join(repr(option) for option in allowed)}"
       )
 
 
-def _rope(fields: Mapping[str, Any]) -> Rope:
-  """Reads `rope_parameters` (transformers 5) or `rope_scaling` (before)."""
-  values = dict(fields["rope_scaling"] or fields["rope_parameters"] or {})
+def _local_layers(fields: Mapping[str, Any]) -> tuple[bool, ...]:
+  """The shortest pattern of local layers that says the same of all of them.
+
+  A family without `layer_types` is local in every layer or in none.
+  """
+  layers = _size(fields, "num_hidden_layers")
+  types = fields.get("layer_types")
+  if "layer_types" not in fields:
+    local = [fields["sliding_window"] is not None] * layers
+  elif types is None:
+    every = _size(fields, "sliding_window_pattern")
+    local = [(layer + 1) % every != 0 for layer in range(layers)]
+  else:
+    if len(types) != layers or not set(types) <= set(_LAYER_TYPES):
+      raise InputError(
+        f"layer_types must name one of {', '.join(_LAYER_TYPES)} for each of "
+        f"the {layers} layers, got {types!r}"
+      )
+    local = [_LAYER_TYPES[kind] for kind in types]
+  return next(
+    tuple(local[:period])
+    for period in range(1, layers + 1)
+    if all(local[i] == local[i % period] for i in range(layers))
+  )
+
+
+def _experts(fields: Mapping[str, Any]) -> Experts:
+  """The mixture; transformers 5 writes the number under the second name."""
+  first, second = "num_experts", "num_local_experts"
+  return Experts(
+    count=_size(fields, first if fields[second] is None else second),
+    per_token=_size(fields, "num_experts_per_tok"),
+    size=_size(fields, "moe_intermediate_size"),
+    renormalize=_flag(fields, "norm_topk_prob"),
+  )
+
+
+def _ropes(fields: Mapping[str, Any]) -> tuple[Rope, Rope | None]:
+  """The rotation, and that of local layers where the family has its own.
+
+  Read from `rope_parameters` (transformers 5), there by the type of the layer
+  if there are two, or from `rope_scaling` (before).
+  """
+  scaling = fields["rope_scaling"] or {}
+  values = fields["rope_parameters"] or {}
+  theta = _number(fields, "rope_theta")
+  if "rope_local_base_freq" not in fields:
+    return _rope(scaling or values, theta), None
+  unknown = sorted(set(values) - set(_LAYER_TYPES))
+  if unknown:
+    raise InputError(
+      f"rope_parameters must be given for {' and '.join(_LAYER_TYPES)}, got "
+      f"{unknown[0]}"
+    )
+  local = _rope(
+    values.get("sliding_attention") or {},
+    _number(fields, "rope_local_base_freq"),
+  )
+  if local.kind != "default":
+    raise InputError(
+      f"rope_type = {local.kind!r} is not supported for sliding_attention; "
+      "supported: default"
+    )
+  return _rope(scaling or values.get("full_attention") or {}, theta), local
+
+
+def _rope(parameters: Mapping[str, Any], theta: float) -> Rope:
+  """One rotation; `theta` is its base unless the parameters say another."""
+  values = dict(parameters)
   legacy_kind = values.pop("type", "default")
   kind = values.pop("rope_type", legacy_kind)
   if kind not in _ROPE_OPTIONS:
@@ -293,7 +408,7 @@ def _rope(fields: Mapping[str, Any]) -> Rope:
       f"rope_type = {kind!r} is not supported; supported: "
       f"{', '.join(_ROPE_OPTIONS)}"
     )
-  values.setdefault("rope_theta", fields["rope_theta"])
+  values.setdefault("rope_theta", theta)
   theta = _number(values, "rope_theta")
   del values["rope_theta"]
   if values.pop("partial_rotary_factor", 1.0) != 1.0:
@@ -327,6 +442,14 @@ def _number(fields: Mapping[str, Any], name: str) -> float:
   if type(value) not in (int, float) or not value > 0:
     raise InputError(f"{name} must be a number > 0, got {value!r}")
   return value
+
+
+def _optional(
+  read: Callable[[Mapping[str, Any], str], Value],
+  fields: Mapping[str, Any],
+  name: str,
+) -> Value | None:
+  return None if fields.get(name) is None else read(fields, name)
 
 
 def _flag(fields: Mapping[str, Any], name: str) -> bool:

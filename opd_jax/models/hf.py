@@ -18,6 +18,7 @@ from opd_jax.errors import InputError
 from opd_jax.models import transformer
 from opd_jax.models.api import Model
 from opd_jax.models.config import ModelConfig
+from opd_jax.models.families import FAMILIES
 from opd_jax.types import Params
 
 CONFIG_FILE = "config.json"
@@ -30,7 +31,8 @@ _NAMES: Mapping[str, str] = {
   "final_norm.scale": "model.norm.weight",
   "lm_head.embedding": "lm_head.weight",
 }
-# The same below "layers." here and "model.layers.<index>." there.
+# The same below "layers." here and "model.layers.<index>." there; families
+# say where they differ.
 _LAYER_NAMES: Mapping[str, str] = {
   "attention_norm.scale": "input_layernorm.weight",
   "attention.query.kernel": "self_attn.q_proj.weight",
@@ -58,6 +60,9 @@ _INPUT_DIMS = {"layers.attention.output.kernel": 2}
 # Buffers that old files hold beside the weights; computed here.
 _BUFFERS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
+# Logical axes along which a parameter has several tensors, outermost first.
+_STACKED = (transformer.STACKED, "experts")
+
 _EMBEDDING = _NAMES["embed.embedding"]
 _HEAD = _NAMES["lm_head.embedding"]
 
@@ -79,15 +84,16 @@ class Tensor:
     name: in the file.
     shape: in the file.
     parameter: dotted path in the nested dict.
-    layer: index on the parameter's leading axis; None if not stacked.
-    sizes: of the parameter's dimensions, without the layers.
+    index: on the parameter's leading axes, of layers and experts; () if it is
+      not stacked.
+    sizes: of the parameter's other dimensions.
     inputs: how many of them are contracted.
   """
 
   name: str
   shape: tuple[int, ...]
   parameter: str
-  layer: int | None
+  index: tuple[int, ...]
   sizes: tuple[int, ...]
   inputs: int
 
@@ -130,12 +136,16 @@ class Tensor:
 def tensors(config: ModelConfig) -> list[Tensor]:
   """Every tensor of a checkpoint of this model, parameter after parameter."""
   leaves, _ = jax.tree.flatten_with_path(transformer.shapes(config))
+  axes = jax.tree.leaves(
+    transformer.axes(config), is_leaf=lambda node: isinstance(node, tuple)
+  )
+  names = {**_LAYER_NAMES, **FAMILIES[config.family].tensors}
   found = []
-  for path, leaf in leaves:
+  for (path, leaf), leaf_axes in zip(leaves, axes, strict=True):
     parameter = ".".join(key.key for key in path)
-    part, _, rest = parameter.partition(".")
-    stacked = part == transformer.STACKED
-    sizes = leaf.shape[1:] if stacked else leaf.shape
+    _, _, rest = parameter.partition(".")
+    stacked = sum(name in _STACKED for name in leaf_axes)
+    sizes = leaf.shape[stacked:]
     inputs = 0
     if parameter.endswith(".kernel"):
       inputs = _INPUT_DIMS.get(parameter, 1)
@@ -144,20 +154,23 @@ def tensors(config: ModelConfig) -> list[Tensor]:
       shape = (config.vocab_size, config.hidden_size)
     else:
       shape = (math.prod(sizes),)
+
+    def name(index: tuple[int, ...], parameter=parameter, rest=rest) -> str:
+      if not index:
+        return _NAMES[parameter]
+      layer, *expert = index
+      return f"model.layers.{layer}.{names[rest].format(*expert)}"
+
     found.extend(
       Tensor(
-        name=(
-          _NAMES[parameter]
-          if layer is None
-          else f"model.layers.{layer}.{_LAYER_NAMES[rest]}"
-        ),
+        name=name(index),
         shape=shape,
         parameter=parameter,
-        layer=layer,
+        index=index,
         sizes=sizes,
         inputs=inputs,
       )
-      for layer in (range(config.num_layers) if stacked else [None])
+      for index in np.ndindex(leaf.shape[:stacked])
     )
   return found
 
@@ -308,16 +321,16 @@ def load(path: str | Path, model: Model, dtype: str = "float32") -> Params:
       parts = by_parameter[".".join(key.key for key in path)]
 
       def block(index: Index) -> np.ndarray:
-        if parts[0].layer is None:
-          value = parts[0].from_file(sources[parts[0].name], index)
-        else:
-          value = np.stack(
-            [
-              part.from_file(sources[part.name], index[1:])
-              for part in parts[index[0]]
-            ]
-          )
-        return value.astype(dtype)
+        stacked = len(parts[0].index)
+        numbers = np.arange(len(parts)).reshape(abstract.shape[:stacked])
+        numbers = numbers[index[:stacked]]
+        blocks = [
+          parts[number]
+          .from_file(sources[parts[number].name], index[stacked:])
+          .astype(dtype)
+          for number in numbers.flat
+        ]
+        return np.stack(blocks).reshape(*numbers.shape, *blocks[0].shape)
 
       return jax.make_array_from_callback(
         abstract.shape, abstract.sharding, _once_per_block(block)

@@ -5,7 +5,9 @@ names of its dimensions as the metadata `axes`. Weights are cast to the compute
 dtype where they are used; norms, rotations and softmax are float32 inside.
 """
 
+import functools
 import math
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -45,19 +47,23 @@ def _broadcast(weights: jax.Array, x: jax.Array) -> jax.Array:
 
 
 class RMSNorm(nnx.Module):
-  """x / sqrt(mean(x^2) + eps) * scale, over the last dimension."""
+  """x / sqrt(mean(x^2) + eps) * scale, over the last dimension.
 
-  def __init__(self, size: int, eps: float, axes: Axes = ("norm",)):
-    self.scale = nnx.Param(jnp.ones(size), axes=axes)
-    self.eps = eps
+  With `norm_offset` the factor is 1 + scale.
+  """
+
+  def __init__(self, config: ModelConfig, size: int, axes: Axes = ("norm",)):
+    self.offset = 1.0 if config.norm_offset else 0.0
+    self.scale = nnx.Param(jnp.full(size, 1.0 - self.offset), axes=axes)
+    self.eps = config.norm_eps
 
   def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
     """Norms the last dimension; float32 inside."""
     wide = x.astype(jnp.float32)
     square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
     normed = wide * jax.lax.rsqrt(square + self.eps)
-    scale = _broadcast(self.scale[...], x)
-    return (normed * scale.astype(jnp.float32)).astype(x.dtype)
+    scale = _broadcast(self.scale[...], x).astype(jnp.float32) + self.offset
+    return (normed * scale).astype(x.dtype)
 
 
 class Linear(nnx.Module):
@@ -118,22 +124,39 @@ class Embedding(nnx.Module):
     return self.embedding[...].astype(dtype)
 
 
+def soft_cap(scores: Float[Array, "..."], cap: float) -> Float[Array, "..."]:
+  """The scores bent into (-cap, cap): cap * tanh(scores / cap)."""
+  return jnp.tanh(scores / cap) * cap
+
+
 def attend(
   query: Float[Array, "B T N H"],
   keys: Float[Array, "B M S H"],
   values: Float[Array, "B M S H"],
   visible: Bool[Array, "B T S"],
+  scalar: float | None = None,
+  cap: float | None = None,
 ) -> Float[Array, "B T N H"]:
-  """softmax(q k / sqrt(H)) v over the visible slots, in float32.
+  """softmax(q k / sqrt(scalar)) v over the visible slots, in float32.
 
   Each of the M key/value heads serves N / M consecutive query heads. A query
   that sees nothing gets a mean of the values, not NaN.
+
+  Args:
+    query: rotated.
+    keys: rotated.
+    values: of the same slots.
+    visible: the slots that each query sees.
+    scalar: None for H.
+    cap: see `soft_cap`, of the scores; None for none.
   """
   batch, length, heads, size = query.shape
   kv_heads = keys.shape[1]
   grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, size)
   scores = product("btmgh,bmsh->bmgts", grouped, keys, dtype=jnp.float32)
-  scores = scores / math.sqrt(size)
+  scores = scores / math.sqrt(size if scalar is None else scalar)
+  if cap is not None:
+    scores = soft_cap(scores, cap)
   scores = jnp.where(visible[:, None, None], scores, -1e30)
   weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
   mixed = product("bmgts,bmsh->btmgh", weights, values)
@@ -161,9 +184,11 @@ class Attention(nnx.Module):
       rngs=rngs,
     )
     if config.qk_norm:
-      self.query_norm = RMSNorm(size, config.norm_eps, ("head_size",))
-      self.key_norm = RMSNorm(size, config.norm_eps, ("head_size",))
+      self.query_norm = RMSNorm(config, size, ("head_size",))
+      self.key_norm = RMSNorm(config, size, ("head_size",))
     self.qk_norm = config.qk_norm
+    self.scalar = config.query_scalar
+    self.cap = config.attention_softcap
 
   def project(
     self,
@@ -179,9 +204,25 @@ class Attention(nnx.Module):
     key = rope.rotate(key, cosine, sine)
     return query, (key.swapaxes(1, 2), self.value(x).swapaxes(1, 2))
 
+  def mix(
+    self,
+    query: Float[Array, "B T N H"],
+    keys: Float[Array, "B M S H"],
+    values: Float[Array, "B M S H"],
+    visible: Bool[Array, "B T S"],
+  ) -> Float[Array, "B T N H"]:
+    """`attend` as this model does it."""
+    return attend(query, keys, values, visible, self.scalar, self.cap)
+
+
+ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
+  "silu": jax.nn.silu,
+  "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
+
 
 class MLP(nnx.Module):
-  """down(silu(gate(x)) * up(x))."""
+  """down(activation(gate(x)) * up(x))."""
 
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
     width, wide = (config.hidden_size,), (config.intermediate_size,)
@@ -189,24 +230,9 @@ class MLP(nnx.Module):
     self.gate = Linear(width, wide, ("embed", "ffw"), bias=bias, rngs=rngs)
     self.up = Linear(width, wide, ("embed", "ffw"), bias=bias, rngs=rngs)
     self.down = Linear(wide, width, ("ffw", "embed"), bias=bias, rngs=rngs)
+    self.activation = config.activation
 
   def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     """Each token by itself."""
-    return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
-
-
-class Block(nnx.Module):
-  """Attention and MLP, each behind a norm and added to its input."""
-
-  def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-    self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
-    self.attention = Attention(config, rngs)
-    self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
-    self.mlp = MLP(config, rngs)
-
-  def finish(
-    self, x: Float[Array, "B T D"], mixed: Float[Array, "B T N H"]
-  ) -> Float[Array, "B T D"]:
-    """The rest of the block, after attention has mixed the values."""
-    x = x + self.attention.output(mixed)
-    return x + self.mlp(self.mlp_norm(x))
+    activate = ACTIVATIONS[self.activation]
+    return self.down(activate(self.gate(x)) * self.up(x))

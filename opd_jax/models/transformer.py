@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from opd_jax.models import layers
+from opd_jax.models import block, layers
 from opd_jax.models.config import ModelConfig
 from opd_jax.types import Params
 
@@ -24,10 +24,8 @@ def _builders(
 ) -> Mapping[str, Callable[[nnx.Rngs], nnx.Module]]:
   builders: dict[str, Callable[[nnx.Rngs], nnx.Module]] = {
     "embed": lambda rngs: layers.Embedding(config, rngs),
-    STACKED: lambda rngs: layers.Block(config, rngs),
-    "final_norm": lambda rngs: layers.RMSNorm(
-      config.hidden_size, config.norm_eps
-    ),
+    STACKED: lambda rngs: block.Block(config, rngs),
+    "final_norm": lambda rngs: layers.RMSNorm(config, config.hidden_size),
   }
   if not config.tie_embeddings:
     builders["lm_head"] = lambda rngs: layers.Embedding(config, rngs)
@@ -85,7 +83,7 @@ def axes(config: ModelConfig) -> Params:
 
 
 def init(config: ModelConfig, key: jax.Array) -> Params:
-  """Random float32 weights: normal with deviation 0.02, norms 1, biases 0."""
+  """Random float32 weights: normal, deviation 0.02; norms, biases neutral."""
   params = {}
   builders = _builders(config)
   for (name, build), part_key in zip(

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from opd_jax.errors import InputError
-from opd_jax.models import ModelConfig, Rope
+from opd_jax.models import Experts, ModelConfig, Rope
 from tests.models import tiny
 
 LLAMA = {
@@ -18,6 +18,10 @@ LLAMA = {
 }
 QWEN2 = {**LLAMA, "model_type": "qwen2", "num_key_value_heads": 2}
 QWEN3 = {**QWEN2, "model_type": "qwen3"}
+MISTRAL = {**QWEN2, "model_type": "mistral"}
+MOE = {**QWEN2, "model_type": "qwen3_moe"}
+GEMMA2 = {**QWEN2, "model_type": "gemma2"}
+GEMMA3 = {**QWEN2, "model_type": "gemma3_text", "num_hidden_layers": 8}
 LLAMA3_SCALING = {
   "factor": 8.0,
   "high_freq_factor": 4.0,
@@ -107,8 +111,96 @@ def test_files_in_the_wild_are_read():
   ).rope == Rope(theta=1000000)
 
 
+def test_gemma_2_as_published():
+  """Fields of the first files, from before there were layer types."""
+  gemma = ModelConfig.from_hf(
+    {
+      **GEMMA2,
+      "architectures": ["Gemma2ForCausalLM"],
+      "attn_logit_softcapping": 50.0,
+      "cache_implementation": "hybrid",
+      "eos_token_id": [1, 107],
+      "final_logit_softcapping": 30.0,
+      "head_dim": 256,
+      "hidden_act": "gelu_pytorch_tanh",
+      "hidden_activation": "gelu_pytorch_tanh",
+      "num_hidden_layers": 5,
+      "query_pre_attn_scalar": 144,
+      "rope_theta": 10000.0,
+      "sliding_window": 4096,
+    }
+  )
+  assert gemma.is_local == (True, False, True, False, True)
+  assert gemma.local_layers == (True, False)
+  assert (gemma.window, gemma.query_scalar) == (4096, 144)
+  assert (gemma.attention_softcap, gemma.logit_softcap) == (50.0, 30.0)
+  assert gemma.tie_embeddings
+  assert gemma.local_rope is None
+  for flag in ("norm_offset", "post_norms", "scale_embeddings"):
+    assert getattr(gemma, flag)
+
+
+@pytest.mark.parametrize(
+  "fields",
+  [
+    {
+      "rope_theta": 1e6,
+      "rope_local_base_freq": 1e4,
+      "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+      "sliding_window_pattern": 6,
+    },
+    {
+      "layer_types": ["sliding_attention"] * 5
+      + ["full_attention"]
+      + ["sliding_attention"] * 2,
+      "_sliding_window_pattern": 6,
+      "rope_parameters": {
+        "full_attention": {
+          "rope_type": "linear",
+          "factor": 8.0,
+          "rope_theta": 1e6,
+        },
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+      },
+    },
+  ],
+  ids=["transformers 4", "transformers 5"],
+)
+def test_gemma_3_of_every_transformers_version(fields):
+  gemma = ModelConfig.from_hf({**GEMMA3, "sliding_window": 512, **fields})
+  assert gemma.local_layers == (True,) * 5 + (False,)
+  assert gemma.is_local == (True,) * 5 + (False, True, True)
+  assert gemma.rope == Rope(
+    kind="linear", theta=1e6, options=(("factor", 8.0),)
+  )
+  assert gemma.local_rope == Rope(theta=1e4)
+  assert (gemma.attention_softcap, gemma.logit_softcap) == (None, None)
+  assert gemma.qk_norm
+
+
+def test_mistral_is_local_in_all_layers_or_in_none():
+  local = ModelConfig.from_hf(MISTRAL)
+  assert (local.window, local.local_layers) == (4096, (True,))
+  everywhere = ModelConfig.from_hf({**MISTRAL, "sliding_window": None})
+  assert (everywhere.window, everywhere.local_layers) == (None, (False,))
+
+
+@pytest.mark.parametrize("name", ["num_experts", "num_local_experts"])
+def test_a_mixture_of_every_transformers_version(name):
+  moe = ModelConfig.from_hf({**MOE, name: 64, "mlp_only_layers": []})
+  assert moe.experts == Experts(
+    count=64, per_token=8, size=768, renormalize=False
+  )
+  assert (moe.head_size, moe.qk_norm) == (8, True)
+
+
 REFUSED = {
-  "family": (LLAMA, {"model_type": "mamba"}, "llama, qwen2, qwen3"),
+  "family": (LLAMA, {"model_type": "mamba"}, "supported: llama, mistral"),
+  "images": (
+    LLAMA,
+    {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}},
+    "give a checkpoint of its text model",
+  ),
   "activation": (LLAMA, {"hidden_act": "gelu_pytorch_tanh"}, "hidden_act"),
   "unknown field": (LLAMA, {"logit_scale": 2.0}, "logit_scale"),
   "other family's field": (QWEN2, {"mlp_bias": True}, "mlp_bias"),
@@ -118,6 +210,53 @@ REFUSED = {
     QWEN3,
     {"layer_types": ["full_attention", "sliding_attention"]},
     "layer_types",
+  ),
+  "dense layers": (MOE, {"mlp_only_layers": [0]}, "mlp_only_layers"),
+  "sparse steps": (MOE, {"decoder_sparse_step": 2}, "decoder_sparse_step"),
+  "too few experts": (MOE, {"num_experts": 7}, "num_experts_per_tok = 8"),
+  "mistral's layer_types": (
+    MISTRAL,
+    {"layer_types": ["full_attention"] * 2},
+    "layer_types",
+  ),
+  "no window": (MISTRAL, {"sliding_window": 0}, "sliding_window"),
+  "local layers, no window": (GEMMA2, {"sliding_window": None}, "sliding_win"),
+  "types of other layers": (
+    GEMMA2,
+    {"layer_types": ["full_attention"]},
+    "each of the 2 layers",
+  ),
+  "unknown type": (
+    GEMMA2,
+    {"layer_types": ["full_attention", "chunked_attention"]},
+    "chunked_attention",
+  ),
+  "gemma2's pattern": (
+    GEMMA2,
+    {"sliding_window_pattern": 3},
+    "sliding_window_pattern",
+  ),
+  "gemma's activation": (GEMMA2, {"hidden_activation": "silu"}, "hidden_act"),
+  "both directions": (
+    GEMMA3,
+    {"use_bidirectional_attention": True},
+    "use_bidirectional",
+  ),
+  "gemma3's score cap": (GEMMA3, {"attn_logit_softcapping": 50.0}, "attn_log"),
+  "cap": (GEMMA2, {"final_logit_softcapping": -1.0}, "final_logit_softcap"),
+  "local scaling": (
+    GEMMA3,
+    {
+      "rope_parameters": {
+        "sliding_attention": {"rope_type": "linear", "factor": 2.0}
+      }
+    },
+    "for sliding_attention",
+  ),
+  "one rope for both": (
+    GEMMA3,
+    {"rope_parameters": {"rope_type": "default"}},
+    "sliding_attention",
   ),
   "mrope": (QWEN2, {"use_mrope": True}, "use_mrope"),
   "pretraining_tp": (LLAMA, {"pretraining_tp": 2}, "pretraining_tp"),

@@ -110,7 +110,7 @@ def test_every_device_gets_its_block_of_the_transposed_weights(name, tmp_path):
   config = tiny.CONFIGS[name]
   weights = _weights(config)
   _write(tmp_path / "model", config, weights)
-  sizes = {"replica": 2, "fsdp": 2, "tensor": 2}
+  sizes = {"expert": 2, "fsdp": 2, "tensor": 2}
   spread = Model(config, tiny.layout(sizes))
   params = hf.load(tmp_path / "model", spread)
 
@@ -124,6 +124,10 @@ def test_every_device_gets_its_block_of_the_transposed_weights(name, tmp_path):
   heads, size = config.num_heads, config.head_size
   query = weights[f"{prefix}.self_attn.q_proj.weight"]
   output = weights[f"{prefix}.self_attn.o_proj.weight"]
+  down = layers["mlp"]["down"]["kernel"][last]
+  name = f"{prefix}.mlp.down_proj.weight"
+  if config.experts is not None:
+    down, name = down[4], f"{prefix}.mlp.experts.4.down_proj.weight"
   for got, want in (
     (
       layers["attention"]["query"]["kernel"][last],
@@ -133,10 +137,7 @@ def test_every_device_gets_its_block_of_the_transposed_weights(name, tmp_path):
       layers["attention"]["output"]["kernel"][last],
       output.T.reshape(heads, size, -1),
     ),
-    (
-      layers["mlp"]["down"]["kernel"][last],
-      weights[f"{prefix}.mlp.down_proj.weight"].T,
-    ),
+    (down, weights[name].T),
     (
       params["embed"]["embedding"],
       np.pad(weights["model.embed_tokens.weight"], ((0, 23), (0, 0))),

@@ -5,8 +5,19 @@ import math
 import numpy as np
 
 
-def _norm(x, scale, eps):
-  return x / np.sqrt(np.mean(x**2) + eps) * scale
+def _norm(config, x, scale):
+  scale = 1 + scale if config.norm_offset else scale
+  return x / np.sqrt(np.mean(x**2) + config.norm_eps) * scale
+
+
+def _activate(config, x):
+  if config.activation == "silu":
+    return x / (1 + np.exp(-x))
+  return x / 2 * (1 + np.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3)))
+
+
+def soft_cap(scores, cap):
+  return scores if cap is None else cap * np.tanh(scores / cap)
 
 
 def _turns(rope, size):
@@ -57,6 +68,25 @@ def _linear(layer, x, inputs=1):
   return y + layer["bias"] if "bias" in layer else y
 
 
+def _mlp(config, mlp, x):
+  if config.experts is not None:
+    logits = _linear(mlp["router"], x)
+    shares = np.exp(logits - logits.max())
+    shares /= shares.sum()
+    chosen = np.argsort(-shares)[: config.experts.per_token]
+    total = shares[chosen].sum() if config.experts.renormalize else 1.0
+    result = 0.0
+    for expert in chosen:
+      gate, up, down = (
+        mlp[name]["kernel"][expert] for name in ("gate", "up", "down")
+      )
+      inner = _activate(config, x @ gate) * (x @ up)
+      result = result + shares[expert] / total * (inner @ down)
+    return result
+  gate = _activate(config, _linear(mlp["gate"], x))
+  return _linear(mlp["down"], gate * _linear(mlp["up"], x))
+
+
 def hidden(config, params, tokens, positions):
   """`Model.hidden` of one row; slots at position -1 hold NaN."""
   take = lambda tree, index: (
@@ -65,35 +95,43 @@ def hidden(config, params, tokens, positions):
     else np.asarray(tree, np.float64)[index]
   )
   whole = lambda tree: take(tree, ...)
-  turns, scale = _turns(config.rope, config.head_size)
-  eps, group = config.norm_eps, config.num_heads // config.num_kv_heads
+  group = config.num_heads // config.num_kv_heads
+  divisor = math.sqrt(config.query_scalar or config.head_size)
   table = whole(params["embed"])["embedding"]
+  if config.scale_embeddings:
+    table = table * math.sqrt(config.hidden_size)
   live = [slot for slot, position in enumerate(positions) if position >= 0]
   states = {slot: table[tokens[slot]] for slot in live}
   for index in range(config.num_layers):
     layer = take(params["layers"], index)
     attention, mlp = layer["attention"], layer["mlp"]
+    local = config.local_layers[index % len(config.local_layers)]
+    rope = (config.local_rope or config.rope) if local else config.rope
+    turns, scale = _turns(rope, config.head_size)
     queries, keys, values = {}, {}, {}
     for slot in live:
-      x = _norm(states[slot], layer["attention_norm"]["scale"], eps)
+      x = _norm(config, states[slot], layer["attention_norm"]["scale"])
       query, key = _linear(attention["query"], x), _linear(attention["key"], x)
       values[slot] = _linear(attention["value"], x)
       if config.qk_norm:
         norms = attention["query_norm"]["scale"], attention["key_norm"]["scale"]
-        query = np.stack([_norm(head, norms[0], eps) for head in query])
-        key = np.stack([_norm(head, norms[1], eps) for head in key])
-      turn = lambda head, slot=slot: _rotate(
+        query = np.stack([_norm(config, head, norms[0]) for head in query])
+        key = np.stack([_norm(config, head, norms[1]) for head in key])
+      turn = lambda head, slot=slot, turns=turns, scale=scale: _rotate(
         head, positions[slot], turns, scale
       )
       queries[slot] = np.stack([turn(head) for head in query])
       keys[slot] = np.stack([turn(head) for head in key])
     for slot in live:
-      seen = [other for other in live if positions[other] <= positions[slot]]
+      back = {other: positions[slot] - positions[other] for other in live}
+      last = config.window - 1 if local else math.inf
+      seen = [other for other in live if 0 <= back[other] <= last]
       mixed = []
       for head in range(config.num_heads):
         scores = np.array(
           [queries[slot][head] @ keys[other][head // group] for other in seen]
-        ) / math.sqrt(config.head_size)
+        )
+        scores = soft_cap(scores / divisor, config.attention_softcap)
         weights = np.exp(scores - scores.max())
         weights /= weights.sum()
         mixed.append(
@@ -102,14 +140,17 @@ def hidden(config, params, tokens, positions):
             for weight, other in zip(weights, seen, strict=True)
           )
         )
-      x = states[slot] + _linear(attention["output"], np.stack(mixed), inputs=2)
-      inner = _norm(x, layer["mlp_norm"]["scale"], eps)
-      gate = _linear(mlp["gate"], inner)
-      inner = gate / (1 + np.exp(-gate)) * _linear(mlp["up"], inner)
-      states[slot] = x + _linear(mlp["down"], inner)
+      added = _linear(attention["output"], np.stack(mixed), inputs=2)
+      if config.post_norms:
+        added = _norm(config, added, layer["attention_post_norm"]["scale"])
+      x = states[slot] + added
+      added = _mlp(config, mlp, _norm(config, x, layer["mlp_norm"]["scale"]))
+      if config.post_norms:
+        added = _norm(config, added, layer["mlp_post_norm"]["scale"])
+      states[slot] = x + added
   result = np.full((len(tokens), config.hidden_size), np.nan)
   for slot in live:
     result[slot] = _norm(
-      states[slot], whole(params["final_norm"])["scale"], eps
+      config, states[slot], whole(params["final_norm"])["scale"]
     )
   return result

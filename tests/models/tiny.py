@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from opd_jax import sequences, sharding
-from opd_jax.models import Model, ModelConfig, Rope
+from opd_jax.models import Experts, Model, ModelConfig, Rope
 from opd_jax.types import PromptBatch
 
 _LLAMA = ModelConfig(
@@ -24,6 +24,14 @@ _LLAMA = ModelConfig(
   norm_eps=1e-5,
   tie_embeddings=True,
 )
+
+_GEMMA = {
+  "activation": "gelu_pytorch_tanh",
+  "query_scalar": 11,
+  "norm_offset": True,
+  "post_norms": True,
+  "scale_embeddings": True,
+}
 
 CONFIGS = {
   "llama": _LLAMA,
@@ -65,6 +73,42 @@ CONFIGS = {
       options=(("factor", 4.0), ("original_max_position_embeddings", 8)),
     ),
   ),
+  "qwen3_moe": dataclasses.replace(
+    _LLAMA,
+    family="qwen3_moe",
+    qk_norm=True,
+    tie_embeddings=False,
+    experts=Experts(count=6, per_token=3, size=12, renormalize=True),
+  ),
+  # Every layer is local.
+  "mistral": dataclasses.replace(
+    _LLAMA,
+    family="mistral",
+    window=4,
+    local_layers=(True,),
+    tie_embeddings=False,
+  ),
+  # The depth is no multiple of the pattern.
+  "gemma2": dataclasses.replace(
+    _LLAMA,
+    **_GEMMA,
+    family="gemma2",
+    window=3,
+    local_layers=(True, False),
+    attention_softcap=1.5,
+    logit_softcap=2.5,
+  ),
+  "gemma3": dataclasses.replace(
+    _LLAMA,
+    **_GEMMA,
+    family="gemma3_text",
+    num_layers=4,
+    qk_norm=True,
+    window=4,
+    local_layers=(True, True, False),
+    rope=Rope(kind="linear", theta=300.0, options=(("factor", 4.0),)),
+    local_rope=Rope(theta=20.0),
+  ),
 }
 
 
@@ -83,12 +127,12 @@ def model(name, **fields):
 
 @functools.cache
 def params(name):
-  """Random weights on one device: no norm is 1, no bias is 0."""
+  """Random weights on one device: no norm is neutral, no bias is 0."""
   random = np.random.default_rng(0)
 
   def draw(path, leaf):
     value = 0.3 * random.standard_normal(leaf.shape)
-    if path[-1].key == "scale":
+    if path[-1].key == "scale" and not CONFIGS[name].norm_offset:
       value += 1.0
     if path[-1].key == "embedding":
       value[CONFIGS[name].vocab_size :] = 0.0

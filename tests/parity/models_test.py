@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from opd_jax.errors import InputError
 from opd_jax.export import export
 from opd_jax.models import Model, hf
 from tests.models import tiny
@@ -44,6 +45,19 @@ YARN = {
   "factor": 4.0,
   "original_max_position_embeddings": 16,
 }
+GEMMA = {
+  **LLAMA,
+  "num_hidden_layers": 4,
+  "query_pre_attn_scalar": 12,
+  "sliding_window": 7,
+  "rms_norm_eps": 1e-5,
+}
+MOE = {
+  **LLAMA,
+  "moe_intermediate_size": 12,
+  "num_experts": 6,
+  "num_experts_per_tok": 2,
+}
 # name: class of transformers' config, its fields.
 CASES = {
   "llama": ("LlamaConfig", LLAMA),
@@ -66,6 +80,55 @@ CASES = {
         "rope_type": "linear",
         "rope_theta": 100.0,
         "factor": 2.5,
+      },
+    },
+  ),
+  "mistral": ("MistralConfig", {**LLAMA, "sliding_window": None}),
+  "mistral local": ("MistralConfig", {**LLAMA, "sliding_window": 7}),
+  "qwen3_moe": ("Qwen3MoeConfig", MOE),
+  "qwen3_moe renormalised": (
+    "Qwen3MoeConfig",
+    {
+      **MOE,
+      "num_experts": 7,
+      "num_experts_per_tok": 3,
+      "norm_topk_prob": True,
+      "attention_bias": True,
+      "rope_parameters": YARN,
+      "tie_word_embeddings": True,
+    },
+  ),
+  "gemma2": (
+    "Gemma2Config",
+    {**GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+  ),
+  "gemma2 without caps": (
+    "Gemma2Config",
+    {
+      **GEMMA,
+      "attn_logit_softcapping": None,
+      "final_logit_softcapping": None,
+      "attention_bias": True,
+      "layer_types": ["full_attention"] * 3 + ["sliding_attention"],
+      "tie_word_embeddings": False,
+    },
+  ),
+  "gemma3": ("Gemma3TextConfig", GEMMA),
+  "gemma3 scaled": (
+    "Gemma3TextConfig",
+    {
+      **GEMMA,
+      "final_logit_softcapping": 3.0,
+      "num_hidden_layers": 5,
+      "layer_types": ["sliding_attention", "full_attention"] * 2
+      + ["sliding_attention"],
+      "rope_parameters": {
+        "full_attention": {
+          "rope_type": "linear",
+          "rope_theta": 500.0,
+          "factor": 4.0,
+        },
+        "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
       },
     },
   ),
@@ -116,9 +179,10 @@ def _torch_model(case):
   torch.manual_seed(0)
   config = getattr(transformers, kind)(**fields)
   model = transformers.AutoModelForCausalLM.from_config(config).eval()
+  neutral = 0.0 if kind.startswith("Gemma") else 1.0
   with torch.no_grad():
     for name, weight in model.named_parameters():
-      centre = 1.0 if name.endswith("norm.weight") else 0.0
+      centre = neutral if name.endswith("norm.weight") else 0.0
       weight.copy_(centre + 0.3 * torch.randn_like(weight))
   return model
 
@@ -190,6 +254,43 @@ def test_our_weights_and_config_in_transformers(name, tmp_path):
     _torch_logits(theirs.eval(), tokens, positions),
     positions,
   )
+
+
+def test_the_text_model_of_a_multimodal_gemma(tmp_path):
+  """As docs/models.md says to write it."""
+  vision = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+  }
+  config = transformers.Gemma3Config(
+    text_config={**GEMMA, "query_pre_attn_scalar": 12},
+    vision_config=vision,
+    mm_tokens_per_image=1,
+    image_token_index=104,
+  )
+  transformers.Gemma3ForConditionalGeneration(config).save_pretrained(
+    tmp_path / "whole"
+  )
+  with pytest.raises(InputError, match="text model alone"):
+    hf.read_config(tmp_path / "whole")
+  whole = transformers.AutoModelForImageTextToText.from_pretrained(
+    tmp_path / "whole"
+  )
+  text = transformers.Gemma3ForCausalLM(whole.config.text_config)
+  text.model.load_state_dict(whole.model.language_model.state_dict())
+  text.save_pretrained(tmp_path / "text")
+  tokens, positions = _batch(104)
+  model = Model(hf.read_config(tmp_path / "text"), tiny.layout())
+  ours = _our_logits(
+    model, hf.load(tmp_path / "text", model), tokens, positions
+  )
+  want = _torch_logits(whole.eval(), tokens, positions)
+  assert np.abs(want).max() > 0.1
+  _assert_same_logits(ours, want, positions)
 
 
 def test_bfloat16_files_both_ways(tmp_path):
