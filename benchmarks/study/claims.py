@@ -229,9 +229,9 @@ CLAIMS = (
     design="Two copies of the student, tuned by 100 steps of grpo, one on "
     "problems of level 3, one on problems of level 5. The student learns from "
     "both, each scoring the rows of its level, by gopd with lam 1.25 and 1. "
-    "Held-out problems of both levels. Planned with teachers that gkd had tuned "
-    "for 20 steps; changed before any merge was run, since going beyond such a "
-    "teacher had turned out to lead nowhere.",
+    "Held-out problems of both levels. Planned with teachers that gkd had "
+    "tuned for 20 steps; changed before any merge was run, since going beyond "
+    "such a teacher had turned out to lead nowhere.",
     comparisons=(
       Comparison(
         first="rewarded_short",
