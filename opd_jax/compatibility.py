@@ -109,6 +109,12 @@ def check_given(config: RunConfig, objective: Objective) -> None:
       "replay_capacity); leave these out, or choose an objective such as gkd, "
       "distillm or tropd"
     )
+  if rollout.replay_capacity is not None and not objective.needs.replayed:
+    raise InputError(
+      f"rollout.replay_capacity = {rollout.replay_capacity} trains on old "
+      f"completions of the student, which objective {objective.name} would "
+      "take for the teacher's; set it to None, or choose gkd or distillm"
+    )
   if needs == "must" and not rollout.reads_given:
     raise InputError(
       f"objective {objective.name} weighs given tokens (objective.guidance), "

@@ -178,6 +178,10 @@ def test_another_tokenizer_is_refused(folder, tmp_path):
       {"rollout": {"replay_capacity": 8}, "objective": {"name": "distillm"}},
       ["held_out.path is None"],
     ),
+    (
+      {"rollout": {"replay_capacity": 8}, "objective": {"name": "tropd"}},
+      ["replay_capacity = 8", "tropd would take for the teacher's", "gkd"],
+    ),
   ],
 )
 def test_a_mistake_is_named(folder, changes, parts):
