@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opd_jax import flops, memory, objectives
+from opd_jax import flops, memory, objectives, optim
+from opd_jax.config import OptimizerConfig
 from opd_jax.models import Model
 from opd_jax.objectives import reduce
 from opd_jax.objectives.base import Signals
@@ -147,8 +148,9 @@ def test_the_worked_example_of_a_merge():
     "reference": support.REFERENCE_LOGITS,
   }
   heads = {"student": {}, "teacher": ({}, {}), "reference": {}}
-  fields, observed = scorer.fields(objective.needs, states, heads, batch)
-  terms, statistics = objective.terms(bundle_scores(batch, fields), Signals())
+  found = scorer.fields(objective.needs, states, heads, batch)
+  scores = bundle_scores(batch, found.fields, objective.needs)
+  terms, statistics = objective.terms(scores, Signals())
   np.testing.assert_allclose(
     jnp.where(support.MASK, statistics["advantage"].loss, 0.0),
     [[0.599862, 0.392023, -4.441954], [0.175157, -0.194158, 0.0]],
@@ -161,7 +163,7 @@ def test_the_worked_example_of_a_merge():
   # Only the second teacher has mass beyond: 2 e / (2 e + sum exp(zB)).
   mass = 2 * np.e / (2 * np.e + np.sum(np.exp(other[1, :2]), axis=-1))
   np.testing.assert_allclose(
-    observed["teacher"]["masked_mass"], [[0, 0, 0], [*mass, 0]], atol=1e-6
+    found.observed["teacher"]["masked_mass"], [[0, 0, 0], [*mass, 0]], atol=1e-6
   )
 
 
@@ -253,6 +255,31 @@ def test_fused_is_split_and_each_source_has_its_figure():
   np.testing.assert_allclose(
     metrics["teacher/kl/maths"], metrics["teacher/kl"], rtol=1e-6
   )
+
+
+def test_each_source_has_its_figure_whichever_mini_batch_it_is_in():
+  """Of the first update with its rows: prompt 0, 1 and 2; 3 is passed over."""
+  still = OptimizerConfig(learning_rate=1e-30, weight_decay=0.0)
+  step = make_step(
+    "opd_k1",
+    mini_batches=4,
+    epochs=2,
+    optimizer=optim.build(still, steps=10, updates=8),
+  )
+  _, frozen, inputs, rollout = _case()
+  state, _ = make_state(step)
+  _, metrics = jax.jit(step.update_from)(state, frozen, inputs, rollout)
+  observed = _whole("opd_k1").observed
+  gap = np.asarray(
+    observed["student"]["logprobs"] - observed["teacher"]["logprobs"]
+  )
+  rows = np.arange(len(gap)) // engine.ROLLOUTS
+  for prompt, name in enumerate(NAMES):
+    own = np.asarray(rollout.sampled_mask) & (rows == prompt)[:, None]
+    np.testing.assert_allclose(
+      metrics[f"teacher/kl/{name}"], np.mean(gap[own]), atol=1e-5
+    )
+  assert metrics["teacher/kl"] == metrics["teacher/kl/maths"]
 
 
 def test_scores_by_themselves_are_those_of_the_step():
