@@ -129,7 +129,7 @@ def prepare(config: RunConfig) -> Setup:
   compatibility.check_reference(config, objective)
   compatibility.check_given(config, objective)
   compatibility.check_reward(config, objective)
-  compatibility.check_one_teacher(config)
+  compatibility.check_teachers(config, objective)
   models = {}
   paths = {}
   others, routes = route(config)
