@@ -196,6 +196,15 @@ def test_a_mistake_is_named(folder, changes, parts):
     ({"prefix": "linear"}, "rollout.prefix must be one of"),
     ({"replay_capacity": 0}, "replay_capacity must be >= 1, got 0"),
     ({"replay_rise": 0.0}, "replay_rise must be > 0"),
+    ({"replay_threshold": 0.5}, "replay_threshold = 0.5 has no effect here"),
+    ({"replay_raise": 0.5}, "leave it out, or set rollout.replay_capacity"),
+    ({"replay_rise": 0.5}, "replay_rise = 0.5 has no effect"),
+    ({"stored_scope": "step"}, "stored_scope = 'step' has no effect"),
+    ({"prefix_draw": "uniform"}, 'or set rollout.prefix to "cosine"'),
+    (
+      {"stored_fraction": 1.0, "prefix": "cosine"},
+      "prefix = 'cosine' has no effect",
+    ),
     (
       {"replay_capacity": 9, "stored_fraction": 0.5},
       "leave out rollout.stored_fraction = 0.5",

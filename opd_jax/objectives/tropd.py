@@ -146,7 +146,12 @@ def _tau(config: Config) -> float:
 def _support(config: Config) -> Support:
   if config.top_k is None:
     return Support()
-  return Support(name="teacher_top_k", top_k=config.top_k, normalization="none")
+  return Support(
+    name="teacher_top_k",
+    top_k=config.top_k,
+    normalization="none",
+    whole="top_k=None",
+  )
 
 
 def check_vocabulary(config: Config, vocab_size: int) -> None:
