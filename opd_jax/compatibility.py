@@ -8,6 +8,14 @@ from opd_jax.data.prompts import Prompts
 from opd_jax.errors import InputError
 from opd_jax.models import ModelConfig
 from opd_jax.objectives.base import Objective
+from opd_jax.selector import reads_teacher
+
+# Options without which an objective is right for tokens of another behavior.
+_WITHOUT = {
+  "grpo": "set objective.kl to 0",
+  "gopd": "set objective.max_weight",
+  "exopd": "set objective.max_weight",
+}
 
 
 def check_supported(objective: Objective) -> None:
@@ -49,9 +57,18 @@ def check_reward(config: RunConfig, objective: Objective) -> None:
     )
 
 
-def check_one_teacher(config: RunConfig) -> None:
-  """Raises where several teachers meet what knows of one only."""
+def check_teachers(config: RunConfig, objective: Objective) -> None:
+  """Raises where several teachers meet what knows of one, or of none."""
   rollout = config.rollout
+  selects = config.selection is not None and reads_teacher(config.selection)
+  reads = selects or "teacher" in objective.frozen_roles()
+  if config.domain_teachers and not reads:
+    named = ", ".join(config.domain_teachers)
+    raise InputError(
+      f"domain_teachers names teachers for {named}, and objective "
+      f"{objective.name} reads none; leave them out, or choose an objective "
+      "that does"
+    )
   for key, value, why in (
     ("teacher_mix", rollout.teacher_mix, "draws from `teacher` in every row"),
     (
@@ -74,8 +91,10 @@ def check_updates(config: RunConfig, objective: Objective) -> None:
     raise InputError(
       f"objective {objective.name} is right only for tokens of the student as "
       f"it is, and batch.mini_batches x batch.epochs = {batch.mini_batches} x "
-      f"{batch.epochs} would update it between; set both to 1, or take opd_k1, "
-      "whose ratio weighs for the difference"
+      f"{batch.epochs} would update it between; set both to 1, or "
+      + _WITHOUT.get(
+        objective.name, "take opd_k1, whose ratio weighs for the difference"
+      )
     )
 
 
@@ -108,6 +127,12 @@ def check_given(config: RunConfig, objective: Objective) -> None:
       "draws, and config.rollout gives it others (stored_fraction, prefix or "
       "replay_capacity); leave these out, or choose an objective such as gkd, "
       "distillm or tropd"
+    )
+  if rollout.replay_capacity is not None and not objective.needs.replayed:
+    raise InputError(
+      f"rollout.replay_capacity = {rollout.replay_capacity} trains on old "
+      f"completions of the student, which objective {objective.name} would "
+      "take for the teacher's; set it to None, or choose gkd or distillm"
     )
   if needs == "must" and not rollout.reads_given:
     raise InputError(
@@ -179,14 +204,24 @@ def check_sampling(
   config: RunConfig, objective: Objective, prompts: Prompts
 ) -> None:
   """Raises unless the objective is right for how the tokens are drawn."""
+  greedy = config.sampling.temperature == 0
+  if greedy and (objective.needs.student.logprobs or objective.needs.groups):
+    raise InputError(
+      f"sampling.temperature = 0 takes the likeliest token, and objective "
+      f"{objective.name} learns from tokens that are drawn by their "
+      "probability; set it > 0, or choose an objective over whole "
+      "distributions, such as gkd or distillm"
+    )
   if objective.needs.pure_sampling and not config.sampling.is_pure:
     sampling = config.sampling
     raise InputError(
       f"objective {objective.name} is right only for tokens drawn from the "
       "student's whole distribution, and got sampling.temperature = "
       f"{sampling.temperature}, top_k = {sampling.top_k}, top_p = "
-      f"{sampling.top_p}, min_p = {sampling.min_p}; leave the filters out with "
-      "a temperature > 0, or take opd_k1, whose ratio weighs for them"
+      f"{sampling.top_p}, min_p = {sampling.min_p}; leave the filters out, or "
+      + _WITHOUT.get(
+        objective.name, "take opd_k1, which learns over the ids that pass them"
+      )
     )
   mix = config.rollout.teacher_mix
   if mix == 0:
@@ -195,7 +230,11 @@ def check_sampling(
     raise InputError(
       f"objective {objective.name} is right only for tokens drawn from the "
       f"student's whole distribution, and got rollout.teacher_mix = {mix}; set "
-      "it to 0, or take opd_k1 or minillm, whose ratios weigh for the mixture"
+      "it to 0, or "
+      + _WITHOUT.get(
+        objective.name,
+        "take opd_k1 or minillm, whose ratios weigh for the mixture",
+      )
     )
   if prompts.teacher_window is not None:
     raise InputError(

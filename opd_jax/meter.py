@@ -29,6 +29,10 @@ class Work:
   operations: float
 
 
+# Of drawn tokens alone: NaN says that a step has none, see `update`.
+_OF_DRAWN = ("teacher/kl", "mismatch/", "drift/")
+
+
 class Meter:
   """Metrics and seconds since the last record; the device runs ahead."""
 
@@ -96,12 +100,12 @@ class Meter:
     return record
 
   def _fetched(self) -> list[dict[str, float]]:
-    """Values by step; `GROUP/METRIC/NAME` is NaN in a step without a NAME."""
+    """Values by step, without those of drawn tokens where there are none."""
     return [
       {
         name: value
         for name, value in values.items()
-        if name.count("/") < 2 or not np.isnan(value)
+        if not (name.startswith(_OF_DRAWN) and np.isnan(value))
       }
       for values in jax.device_get(self._metrics)
     ]

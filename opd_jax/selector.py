@@ -65,6 +65,11 @@ _DIVERGENCE = {
 }
 
 
+def reads_teacher(config: SelectionConfig) -> bool:
+  """Whether the tokens are ranked by what the teacher says."""
+  return config.name in _DIVERGENCE
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Selector:
   """Chooses the tokens of a step that carry loss; hashable and stateless.
@@ -80,7 +85,7 @@ class Selector:
   @property
   def roles(self) -> tuple[str, ...]:
     """The models whose whole distributions are looked at, at every token."""
-    if self.config.name in _DIVERGENCE:
+    if reads_teacher(self.config):
       return ("student", "teacher")
     return ("student",)
 

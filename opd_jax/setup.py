@@ -129,7 +129,7 @@ def prepare(config: RunConfig) -> Setup:
   compatibility.check_reference(config, objective)
   compatibility.check_given(config, objective)
   compatibility.check_reward(config, objective)
-  compatibility.check_one_teacher(config)
+  compatibility.check_teachers(config, objective)
   models = {}
   paths = {}
   others, routes = route(config)
@@ -149,7 +149,6 @@ def prepare(config: RunConfig) -> Setup:
   if config.reference is not None:
     reference_tokenizer = tokenizer.load(hf.resolve(config.reference.path))
   difference = tokenizer.compare(student_tokenizer, teacher_tokenizer)
-  origins = _origins(config, student_tokenizer, teacher_tokenizer)
   domain_teachers = []
   for role, source in others.items():
     tokens = tokenizer.load(hf.resolve(source.path))
@@ -169,6 +168,20 @@ def prepare(config: RunConfig) -> Setup:
   stop_ids = config.sampling.stop_ids
   if stop_ids is None:
     stop_ids = student_tokenizer.stop_ids
+  tokenizers = (
+    teacher_tokenizer,
+    *(each.tokenizer for each in domain_teachers),
+  )
+  origins = _origins(
+    config,
+    student_tokenizer,
+    teacher_tokenizer,
+    {
+      name: tokenizers[number]
+      for name, number in zip(config.data.sources, routes, strict=True)
+    },
+    stop_ids,
+  )
   try:
     objective.check_vocabulary(vocab_size)
     sampling.check(config.sampling, stop_ids, config.batch.rollouts, vocab_size)
@@ -394,19 +407,41 @@ def _told_apart(config: RunConfig) -> tuple[str, ...]:
 
 
 def _origins(
-  config: RunConfig, student: Tokenizer, teacher: Tokenizer
+  config: RunConfig,
+  student: Tokenizer,
+  teacher: Tokenizer,
+  teachers: Mapping[str, Tokenizer],
+  stop_ids: tuple[int, ...],
 ) -> dict[str, Origin]:
-  """Who wrote the given completions, by source; their ids are this run's."""
+  """Who wrote the given completions, by source; their ids are this run's.
+
+  Args:
+    config: of the run.
+    student: its tokenizer.
+    teacher: that of `config.teacher`.
+    teachers: by source, that of the teacher of its rows.
+    stop_ids: of the run.
+  """
   found = {}
   for name, source in config.data.sources.items():
     if not source.given:
       continue
     found[name] = origin = store.read_origin(source.path)
-    known = {student.fingerprint(), teacher.fingerprint()}
+    readers = (student, teacher, teachers[name])
+    known = {reader.fingerprint() for reader in readers}
     if origin.tokenizer not in known:
       raise InputError(
         f"{source.path} holds ids of another tokenizer than that of student "
-        f"{student.path} and teacher {teacher.path}: {origin.model} wrote "
-        "them; generate the store again with this run's teacher"
+        f"{student.path} and teacher {teachers[name].path}: {origin.model} "
+        "wrote them; generate the store again with this run's teacher"
+      )
+    own = origin.sampling["stop_ids"]
+    missing = [number for number in own if number not in stop_ids]
+    if missing:
+      raise InputError(
+        f"{source.path} was written with stop ids {own}, and {missing} do not "
+        "end a completion in this run, which would go on behind them; set "
+        f"sampling.stop_ids to {own}, or generate the "
+        "store again with those of this run"
       )
   return found

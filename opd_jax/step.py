@@ -39,8 +39,8 @@ from opd_jax.types import (
 )
 from opd_jax.update import Frozen, Metrics, Turn, Update
 
-# Metrics that are about the student that drew the tokens: of the first update.
-_OF_THE_FIRST = ("mismatch/mean", "mismatch/max", "teacher/kl")
+# Metrics that are about the student that drew the tokens.
+_OF_THE_FIRST = ("mismatch/", "teacher/kl")
 
 # Folded into the key of a step for what is given; see `update` for the others.
 _GIVEN = 2**31 - 2
@@ -215,7 +215,7 @@ class Step(Update):
   def _updates(
     self, state: TrainState, frozen: Frozen, batch: ScoringBatch
   ) -> tuple[TrainState, Metrics]:
-    """All updates of a step; its metrics are means over them."""
+    """All updates of a step; its metrics are those of `over_updates`."""
     if self.scores_start:
       start = self.start_logprobs(state.params, batch)
       batch = dataclasses.replace(batch, start_logprobs=start)
@@ -242,12 +242,7 @@ class Step(Update):
     numbers = jnp.arange(count, dtype=jnp.int32)
     state, found = jax.lax.scan(body, state, numbers)
     metrics = {
-      name: values[0]
-      if name in _OF_THE_FIRST
-      else jnp.max(values)
-      if name.endswith("max")
-      else jnp.mean(values)
-      for name, values in found.items()
+      name: over_updates(name, values) for name, values in found.items()
     }
     return dataclasses.replace(state, step=state.step + 1), metrics
 
@@ -338,6 +333,19 @@ class Step(Update):
       self.schedule(step).progress,
       self._given_key(step),
     )
+
+
+def over_updates(name: str, values: Float[Array, " U"]) -> Float[Array, ""]:
+  """One value of a step from those of its updates: mean, maximum or first.
+
+  The first is that of the first update that has drawn tokens (of a source, in
+  `teacher/kl/NAME`). `drift` passes over those that have none.
+  """
+  if name.startswith(_OF_THE_FIRST):
+    return values[jnp.argmax(~jnp.isnan(values))]
+  if name.startswith("drift/"):
+    return (jnp.nanmax if name.endswith("max") else jnp.nanmean)(values)
+  return (jnp.max if name.endswith("max") else jnp.mean)(values)
 
 
 def completion_mask(rollout: Rollout) -> Bool[Array, "B T"]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from opd_jax.gradient import Evaluation, Prepared, evaluate, first_pass
 from opd_jax.models import Model
@@ -336,7 +336,7 @@ def drift_metrics(evaluation: Evaluation, batch: ScoringBatch) -> Metrics:
 
   With r = student / behavior of a drawn token, `drift/kl` is the mean of
   r - 1 - log r, an estimate of KL(behavior || student) in nats, never negative;
-  `drift/ratio_max` is the largest r.
+  `drift/ratio_max` is the largest r. NaN if no token was drawn.
   """
   student = evaluation.observed.get("student")
   if student is None:
@@ -345,11 +345,34 @@ def drift_metrics(evaluation: Evaluation, batch: ScoringBatch) -> Metrics:
   log_ratio = student["logprobs"] - batch.behavior_logprobs
   log_ratio = jnp.where(valid, log_ratio, 0.0)
   estimate = jnp.expm1(log_ratio) - log_ratio
-  count = jnp.maximum(jnp.sum(valid, dtype=jnp.float32), 1.0)
+  ratio = jnp.exp(log_ratio)
   return {
-    "drift/kl": jnp.sum(estimate) / count,
-    "drift/ratio_max": jnp.max(jnp.exp(log_ratio), where=valid, initial=0.0),
+    "drift/kl": _mean_of_drawn(estimate, valid),
+    "drift/ratio_max": _max_of_drawn(ratio, valid),
   }
+
+
+def _mean_of_drawn(
+  values: Float[Array, "B T"], drawn: Bool[Array, "B T"]
+) -> Float[Array, ""]:
+  return _or_nothing(jnp.mean(values, where=drawn), drawn)
+
+
+def _max_of_drawn(
+  values: Float[Array, "B T"], drawn: Bool[Array, "B T"]
+) -> Float[Array, ""]:
+  return _or_nothing(jnp.max(values, where=drawn, initial=0.0), drawn)
+
+
+def _or_nothing(
+  value: Float[Array, ""], drawn: Bool[Array, "B T"]
+) -> Float[Array, ""]:
+  """A value of the drawn tokens; NaN, which is not logged, if there are none.
+
+  NaN of the drawn tokens themselves becomes infinite: it stops the run.
+  """
+  value = jnp.where(jnp.isnan(value), jnp.inf, value)
+  return jnp.where(jnp.any(drawn), value, jnp.nan)
 
 
 def step_metrics(
@@ -368,8 +391,8 @@ def step_metrics(
   KL(student || teacher) in nats; `mismatch` compares the log-probabilities of
   the sampler and of the scoring forward of the same weights. Both mean this
   only where the tokens are drawn from the student's whole distribution
-  (`pure_sampling`), and are left out elsewhere. `teacher/kl/NAME` is of the
-  rows of a source alone, and NaN in a step that has none.
+  (`pure_sampling`), and are left out elsewhere; they are NaN if no token was
+  drawn. `teacher/kl/NAME` is of the rows of a source alone.
   """
   mask = batch.loss_mask
   count = jnp.maximum(jnp.sum(mask, dtype=jnp.float32), 1.0)
@@ -394,16 +417,14 @@ def step_metrics(
   if student is not None and pure_sampling:
     valid = mask & batch.behavior_valid
     gap = jnp.abs(student["logprobs"] - batch.behavior_logprobs)
-    gap = jnp.where(valid, gap, 0.0)
-    valid_count = jnp.maximum(jnp.sum(valid, dtype=jnp.float32), 1.0)
-    metrics["mismatch/mean"] = jnp.sum(gap) / valid_count
-    metrics["mismatch/max"] = jnp.max(gap)
+    metrics["mismatch/mean"] = _mean_of_drawn(gap, valid)
+    metrics["mismatch/max"] = _max_of_drawn(gap, valid)
     teacher = evaluation.observed.get("teacher")
     if teacher is not None:
-      gap = jnp.where(valid, student["logprobs"] - teacher["logprobs"], 0.0)
-      metrics["teacher/kl"] = jnp.sum(gap) / valid_count
+      gap = student["logprobs"] - teacher["logprobs"]
+      metrics["teacher/kl"] = _mean_of_drawn(gap, valid)
       if batch.sources is not None:
         for index, name in enumerate(sources):
           own = valid & (batch.sources == index)[:, None]
-          metrics[f"teacher/kl/{name}"] = jnp.mean(gap, where=own)
+          metrics[f"teacher/kl/{name}"] = _mean_of_drawn(gap, own)
   return metrics

@@ -107,6 +107,40 @@ BAD_CONFIGS = {
     ["objective.name=opd_k2", "sampling.top_p=0.9"],
     ["objective opd_k2", "whole distribution", "top_p = 0.9", "take opd_k1"],
   ),
+  "filter with an option that needs none": (
+    ["objective={'name': 'gopd', 'max_weight': None}", "sampling.min_p=0.1"],
+    ["objective gopd", "min_p = 0.1", "set objective.max_weight"],
+  ),
+  "likeliest tokens as draws": (
+    ["objective.name=opd_k1", "sampling.temperature=0"],
+    ["sampling.temperature = 0", "objective opd_k1", "such as gkd"],
+  ),
+  "likeliest tokens as a group": (
+    [
+      "objective.name=grpo",
+      "reward.verifier=exact",
+      "data.sources.texts.answer={text}",
+      "batch.rollouts=2",
+      "sampling.temperature=0",
+    ],
+    ["sampling.temperature = 0", "objective grpo", "set it > 0"],
+  ),
+  "updates with a divergence from the reference": (
+    [
+      "objective={'name': 'grpo', 'kl': 0.1}",
+      "reward.verifier=exact",
+      "batch.epochs=2",
+    ],
+    ["objective grpo", "1 x 2", "or set objective.kl to 0"],
+  ),
+  "teachers that nothing reads": (
+    [
+      "objective.name=constant_negative_advantage",
+      "data.sources.more={'path': 'nowhere.jsonl'}",
+      "domain_teachers={'more': {'path': 'nowhere'}}",
+    ],
+    ["domain_teachers names teachers for more", "reads none", "leave them out"],
+  ),
   "mixture without a correction": (
     ["objective.name=opd_k2", "rollout.teacher_mix=0.2"],
     ["objective opd_k2", "rollout.teacher_mix = 0.2", "or take opd_k1 or min"],

@@ -6,7 +6,7 @@ import shutil
 import jax
 import pytest
 
-from opd_jax import parsing, preflight
+from opd_jax import cli, parsing, preflight
 from opd_jax import setup as setup_lib
 from opd_jax import train as train_lib
 from opd_jax.config import RunConfig
@@ -121,6 +121,30 @@ def test_every_teacher_is_looked_at(folder, tmp_path, one_device):
     setup_lib.prepare(
       config_of(folder, domain_teachers={"code": {"path": str(other)}})
     )
+
+
+def test_a_store_may_have_the_tokenizer_of_its_own_teacher(folder, tmp_path):
+  other = tmp_path / "other"
+  shutil.copytree(folder / "second", other)
+  pair.write_tokenizer(other, "abcdefghijklmnopqrstuvwzyx .,")
+  store = tmp_path / "store.parquet"
+  flags = ["--prompt={text}", "--max_new_tokens=6", f"--out={store}"]
+  flags += [f"--model={other}", f"--data={folder}/code.jsonl"]
+  assert cli.main(["generate", *flags]) == 0
+
+  def prepare(source):
+    values = values_of(
+      folder,
+      domain_teachers={"code": {"path": str(other)}},
+      rollout={"stored_fraction": 0.5},
+    )
+    values["data"]["max_prompt_tokens"] = 32
+    values["data"]["sources"][source] |= {"path": str(store), "given": True}
+    return setup_lib.prepare(parsing.parse(RunConfig, values))
+
+  assert prepare("code").origins["code"].model == str(other)
+  with pytest.raises(InputError, match="holds ids of another tokenizer"):
+    prepare("more")
 
 
 def test_weights_are_shared(folder, one_device):

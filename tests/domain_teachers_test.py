@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from opd_jax import flops, memory, objectives
+from opd_jax import flops, memory, objectives, optim
+from opd_jax.config import OptimizerConfig
 from opd_jax.models import Model
 from opd_jax.objectives import reduce
 from opd_jax.objectives.base import Signals
@@ -256,6 +257,31 @@ def test_fused_is_split_and_each_source_has_its_figure():
   np.testing.assert_allclose(
     metrics["teacher/kl/maths"], metrics["teacher/kl"], rtol=1e-6
   )
+
+
+def test_each_source_has_its_figure_whichever_mini_batch_it_is_in():
+  """Of the first update with its rows: prompt 0, 1 and 2; 3 is passed over."""
+  still = OptimizerConfig(learning_rate=1e-30, weight_decay=0.0)
+  step = make_step(
+    "opd_k1",
+    mini_batches=4,
+    epochs=2,
+    optimizer=optim.build(still, steps=10, updates=8),
+  )
+  _, frozen, inputs, rollout = _case()
+  state, _ = make_state(step)
+  _, metrics = jax.jit(step.update_from)(state, frozen, inputs, rollout)
+  observed = _whole("opd_k1").observed
+  gap = np.asarray(
+    observed["student"]["logprobs"] - observed["teacher"]["logprobs"]
+  )
+  rows = np.arange(len(gap)) // engine.ROLLOUTS
+  for prompt, name in enumerate(NAMES):
+    own = np.asarray(rollout.sampled_mask) & (rows == prompt)[:, None]
+    np.testing.assert_allclose(
+      metrics[f"teacher/kl/{name}"], np.mean(gap[own]), atol=1e-5
+    )
+  assert metrics["teacher/kl"] == metrics["teacher/kl/maths"]
 
 
 def test_scores_by_themselves_are_those_of_the_step():

@@ -314,6 +314,31 @@ def test_stored_rows_are_learned_as_any_rows():
   )
 
 
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_what_nothing_drawn_has_no_figure_of(epochs):
+  """NaN, which the log leaves out; a NaN of the weights is infinite there."""
+  changes = {"mixing": RolloutConfig(stored_fraction=1.0), "epochs": epochs}
+  step, state, frozen, inputs = case("gkd", **changes)
+  every = PromptBatch(
+    tokens=jnp.full((engine.PROMPTS, LENGTH), 40, jnp.int32),
+    lengths=jnp.full(engine.PROMPTS, 2),
+  )
+  run = jax.jit(step.train)
+  drawn = {"teacher/kl", "mismatch/mean", "mismatch/max"}
+  if epochs > 1:
+    drawn |= {"drift/kl", "drift/ratio_max"}
+  all_given = dataclasses.replace(inputs, given=every)
+  _, metrics, _ = run(state, frozen, all_given)
+  assert metrics["rollout/tokens"] == 0
+  assert {name for name, x in metrics.items() if np.isnan(x)} == drawn
+  _, metrics, _ = run(state, frozen, inputs)  # One prompt has none stored.
+  assert all(np.isfinite(metrics[name]) for name in drawn)
+  broken = jax.tree.map(lambda leaf: leaf * jnp.nan, state.params)
+  broken = dataclasses.replace(state, params=broken)
+  _, metrics, _ = run(broken, frozen, inputs)
+  assert all(np.isinf(metrics[name]) for name in drawn)
+
+
 @pytest.mark.parametrize(
   ("name", "options"),
   [

@@ -84,7 +84,7 @@ ALLOWED = {
   "task": {"config", "types", "models", "update", "meter"},
   "interrupts": {"types"},
   "loop": CORE | TOOLS | {"task", "interrupts"},
-  "compatibility": PARTS,
+  "compatibility": PARTS | {"selector"},
   "setup": CORE | MEASURES | {"task", "compatibility"},
   "memory": CORE,
   "preflight": CORE | {"setup", "memory"},

@@ -28,6 +28,19 @@ def test_a_part_counts_the_steps_that_have_it():
   assert meter.steps == 0
 
 
+def test_what_is_of_drawn_tokens_counts_the_steps_that_have_some():
+  nan = float("nan")
+  meter = _meter(
+    {"teacher/kl": nan, "mismatch/max": nan, "drift/kl": nan},
+    {"teacher/kl": 2.0, "mismatch/max": nan, "drift/kl": 0.5},
+    {"teacher/kl": 4.0, "mismatch/max": nan, "drift/kl": nan},
+  )
+  record = meter.close(3)
+  assert record["teacher/kl"] == 3.0
+  assert record["drift/kl"] == 0.5
+  assert "mismatch/max" not in record
+
+
 def test_a_metric_that_is_not_a_number_stops_the_run():
   meter = _meter({"train/loss": 1.0}, {"train/loss": float("nan")})
   with pytest.raises(FloatingPointError, match="train/loss = nan"):

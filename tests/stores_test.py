@@ -1,5 +1,6 @@
 """Runs on stored completions: the page's commands, batches, refusals."""
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -134,6 +135,24 @@ def test_weights_of_another_model_are_a_finding(folder):
   assert preflight.KINDS[name][0] == "error"
 
 
+def test_a_completion_is_not_given_behind_a_part_of_its_prompt(folder):
+  config = config_of(folder)
+
+  def cut(overlong):
+    data = dataclasses.replace(
+      config.data, max_prompt_tokens=16, overlong=overlong
+    )
+    return dataclasses.replace(config, data=data)
+
+  message = refusal(cut("truncate_left"))
+  parts = ["row 5: the prompt has 17 tokens", 'data.overlong to "drop"']
+  assert all(part in message for part in parts), message
+  setup = setup_lib.prepare(cut("drop"))
+  rows = files.read_parquet(folder / "store.parquet")
+  short = [row for row in rows if len(row["prompt_ids"]) <= 16]
+  assert setup.prompts.report.kept == len(short) > 0
+
+
 def test_another_tokenizer_is_refused(folder, tmp_path):
   shutil.copytree(folder, tmp_path / "pair")
   other = tmp_path / "pair"
@@ -157,6 +176,10 @@ def test_another_tokenizer_is_refused(folder, tmp_path):
       ["goes on behind id", "sampling.stop_ids"],
     ),
     (
+      {"sampling": {"max_new_tokens": 6, "stop_ids": (2,)}},
+      ["with stop ids [2, 5], and [5] do not end", "stop_ids to [2, 5]"],
+    ),
+    (
       {"objective": {"name": "opd_k1"}},
       ["opd_k1 is right only for tokens that the student draws", "gkd"],
     ),
@@ -178,6 +201,10 @@ def test_another_tokenizer_is_refused(folder, tmp_path):
       {"rollout": {"replay_capacity": 8}, "objective": {"name": "distillm"}},
       ["held_out.path is None"],
     ),
+    (
+      {"rollout": {"replay_capacity": 8}, "objective": {"name": "tropd"}},
+      ["replay_capacity = 8", "tropd would take for the teacher's", "gkd"],
+    ),
   ],
 )
 def test_a_mistake_is_named(folder, changes, parts):
@@ -192,6 +219,15 @@ def test_a_mistake_is_named(folder, changes, parts):
     ({"prefix": "linear"}, "rollout.prefix must be one of"),
     ({"replay_capacity": 0}, "replay_capacity must be >= 1, got 0"),
     ({"replay_rise": 0.0}, "replay_rise must be > 0"),
+    ({"replay_threshold": 0.5}, "replay_threshold = 0.5 has no effect here"),
+    ({"replay_raise": 0.5}, "leave it out, or set rollout.replay_capacity"),
+    ({"replay_rise": 0.5}, "replay_rise = 0.5 has no effect"),
+    ({"stored_scope": "step"}, "stored_scope = 'step' has no effect"),
+    ({"prefix_draw": "uniform"}, 'or set rollout.prefix to "cosine"'),
+    (
+      {"stored_fraction": 1.0, "prefix": "cosine"},
+      "prefix = 'cosine' has no effect",
+    ),
     (
       {"replay_capacity": 9, "stored_fraction": 0.5},
       "leave out rollout.stored_fraction = 0.5",

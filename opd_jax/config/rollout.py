@@ -66,6 +66,31 @@ class RolloutConfig:
       f"rollout.replay_rise must be > 0, got {self.replay_rise}",
     )
     capacity = self.replay_capacity
+    for names, read, remedy in (
+      (
+        ("replay_threshold", "replay_raise", "replay_rise"),
+        capacity is not None,
+        "set rollout.replay_capacity",
+      ),
+      (("stored_scope",), self.stored_fraction > 0, "set stored_fraction > 0"),
+      (
+        ("prefix_draw",),
+        self.prefix != "none",
+        'set rollout.prefix to "cosine"',
+      ),
+      (
+        ("prefix",),
+        self.stored_fraction < 1,
+        "set stored_fraction, with which every completion is whole, below 1",
+      ),
+    ):
+      for name in names:
+        value = getattr(self, name)
+        require(
+          read or value == getattr(RolloutConfig, name),
+          f"rollout.{name} = {value!r} has no effect here; leave it out, or "
+          f"{remedy}",
+        )
     if capacity is None:
       return
     require(

@@ -169,8 +169,9 @@ class Prompts(Iterator[Batch]):
 
     Raises:
       InputError: bad source, a row without its answer, a prompt too long where
-        `overlong` is "error", an id that a model does not have, a given
-        completion that does not belong to its prompt, or no prompt left.
+        `overlong` is "error" or a completion is given for it, an id that a
+        model does not have, a given completion that does not belong to its
+        prompt, or no prompt left.
     """
     self._config = config
     self._tokenizer = tokenizer
@@ -339,6 +340,13 @@ def _prepare(
       overlong += 1
       if config.overlong == "drop":
         continue
+      if given and len(student) > window:
+        raise InputError(
+          f"{example.where}: the prompt has {len(student)} tokens, and the "
+          "completion that is given for it was written behind all of them, not "
+          f"behind the last {window}; raise data.max_prompt_tokens, or set "
+          'data.overlong to "drop"'
+        )
     if not student or (example.teacher and not teacher):
       empty += 1
       continue

@@ -92,6 +92,7 @@ def _support(config: Config) -> Support:
     name="teacher_top_k",
     top_k=config.top_k,
     normalization=config.normalization,
+    whole="top_k=None",
   )
 
 

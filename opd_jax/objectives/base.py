@@ -98,6 +98,8 @@ class Needs:
     given: whether completions may hold tokens that the student did not draw
       (`loss_mask & ~sampled_mask`, without a behavior): "never"; "may"; "must"
       where an option is about nothing else.
+    replayed: completions may be old ones of the student, which have no
+      behavior and are marked as `given` ones are.
   """
 
   student: Request = Request()
@@ -111,6 +113,7 @@ class Needs:
   start: bool = False
   single_update: bool = False
   given: Literal["never", "may", "must"] = "never"
+  replayed: bool = False
 
   def __post_init__(self):
     wide = [role for role in ROLES if getattr(self, role).vocab_logprobs]

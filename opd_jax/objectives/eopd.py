@@ -97,6 +97,7 @@ def _support(config: Config) -> Support:
     name="teacher_top_k",
     top_k=config.top_k,
     normalization="teacher_renormalized",
+    whole=None,
   )
 
 

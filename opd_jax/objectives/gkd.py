@@ -118,6 +118,7 @@ def needs(config: Config) -> Needs:
     student=Request(vocab_logprobs=True),
     teacher=Request(vocab_logprobs=True),
     given="may",
+    replayed=True,
   )
 
 

@@ -16,7 +16,10 @@ differentiated: its expected gradient is 0.
 Descends: KL(student || teacher) at the visited prefixes with discount 0, of
 whole completions with discount 1.
 
-Off policy: a ratio, with clips as an option.
+Off policy: a ratio, with clips as an option; nothing corrects for the ids that
+a sampling filter removes. With S those that it keeps, what is descended at a
+prefix is sum_(v in S) student_v (log student_v - log teacher_v - 1), S fixed:
+no divergence, and mass may move to ids outside of S that the teacher dislikes.
 
 Use it when: published runs of on-policy distillation are to be repeated, or
 other objectives on drawn tokens compared with their base. One token a position

@@ -22,8 +22,8 @@ Off policy: no correction; sampling filters are refused.
 
 Use it when: code that differentiates a loss on drawn tokens is to be compared
 with: token by token its gradient is that of `opd_k1` on policy, and its cost
-too. Prefer `opd_k1` otherwise: it allows sampling filters, and its loss has the
-unit of a KL.
+too. Prefer `opd_k1` otherwise: it corrects for a teacher that draws and for
+several updates, and its loss has the unit of a KL.
 
 Source: k2 of Schulman, "Approximating KL divergence" (2020); as a loss, the
 direct form of verl's distillation losses.

@@ -13,6 +13,15 @@ is the only one by default, the first factor is 1, with the gradient of log pi,
 and clips bite on the second only. At later updates of the same batch the ratio
 keeps the expected gradient of each token exact at the prefixes that were
 visited; the prefixes stay those of the student that drew them.
+
+A ratio weighs tokens that are drawn, and cannot for those that never are. Where
+a sampling filter keeps the ids S, expectations run over S alone. With the
+advantage log teacher - log student what is descended at a prefix is then
+
+  sum_(v in S) student_v (log student_v - log teacher_v - 1)      S fixed
+
+and not the reverse KL: where that sum without the -1 is positive, ids outside S
+gain mass, whatever the teacher gives them.
 """
 
 import jax

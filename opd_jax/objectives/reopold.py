@@ -101,6 +101,18 @@ class Config:
   reduction: str = reduce.SELECTION_MEAN
 
   def __post_init__(self):
+    for name, read in (
+      ("lam", self.variant != "entropy_only" and self.floor_form != "fixed"),
+      ("floor_form", self.variant != "entropy_only"),
+      ("keep", self.variant != "clip_only"),
+      ("switch", self.variant == "two_stage"),
+    ):
+      value = getattr(self, name)
+      if not read and value != getattr(Config, name):
+        raise InputError(
+          f"{name} = {value!r} has no effect with variant={self.variant!r} and "
+          f"floor_form={self.floor_form!r}; leave it out"
+        )
     if not 0 < self.lam < 1:
       raise InputError(f"lam must be in (0, 1), got {self.lam}")
     if (self.fixed_floor is not None) != (self.floor_form == "fixed"):

@@ -59,11 +59,14 @@ class Support:
     name: see the module.
     top_k: K; None for the whole vocabulary.
     normalization: see the module; None for the whole vocabulary.
+    whole: the option that stands for the whole vocabulary where the support is
+      chosen, for messages; None if there is none.
   """
 
   name: SupportName = "vocabulary"
   top_k: int | None = None
   normalization: Normalization | None = None
+  whole: str | None = "support='vocabulary'"
 
   def __post_init__(self):
     if self.name == "vocabulary":
@@ -78,7 +81,7 @@ class Support:
     if self.top_k is None or self.top_k < 1:
       raise InputError(
         f"support {self.name!r} needs top_k >= 1, the number of ids, got "
-        f"{self.top_k}; use support='vocabulary' for all"
+        f"{self.top_k}; {self._remedy}"
       )
     if self.normalization is None:
       raise InputError(
@@ -106,9 +109,15 @@ class Support:
     """Raises InputError if there are fewer ids than K."""
     if self.top_k is not None and self.top_k > vocab_size:
       raise InputError(
-        f"top_k must be in [1, V={vocab_size}], got {self.top_k}; use "
-        "support='vocabulary' for all"
+        f"top_k must be in [1, V={vocab_size}], got {self.top_k}; "
+        f"{self._remedy}"
       )
+
+  @property
+  def _remedy(self) -> str:
+    if self.whole is None:
+      return "set it to some of the ids that all models share"
+    return f"set {self.whole} for all"
 
   def columns(
     self,

@@ -52,7 +52,8 @@ Given tokens are what the teacher wrote: the beginnings of the completions with
 `rollout.prefix` = "cosine", as in the paper, or whole ones with
 `rollout.stored_fraction`. Their loss is maximum likelihood with a small weight;
 t is there for the value alone. The other figures of the log are those of drawn
-tokens.
+tokens. Old completions of the student would be imitated like the teacher's:
+`rollout.replay_capacity` is refused.
 
 Differs: that the trusted part is a policy gradient, and that the mean runs over
 all tokens, given ones included, the paper does not say; tau it does not report,
@@ -145,7 +146,12 @@ def _tau(config: Config) -> float:
 def _support(config: Config) -> Support:
   if config.top_k is None:
     return Support()
-  return Support(name="teacher_top_k", top_k=config.top_k, normalization="none")
+  return Support(
+    name="teacher_top_k",
+    top_k=config.top_k,
+    normalization="none",
+    whole="top_k=None",
+  )
 
 
 def check_vocabulary(config: Config, vocab_size: int) -> None:

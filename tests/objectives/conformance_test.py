@@ -110,6 +110,7 @@ class Case:
     off_policy: the tokens come from a behavior that is not the student.
     moved: that behavior is the student before the first of several updates.
     teacher_mix: the teacher's weight in a mixture that draws the tokens.
+    filtered: they are drawn from the two likeliest ids alone.
     given: they come from the teacher, and the student is given them.
     reduction: "sum" makes the loss of a completion the sum over its tokens;
       None for an objective without this option.
@@ -121,6 +122,7 @@ class Case:
   off_policy: bool = False
   moved: bool = False
   teacher_mix: float = 0.0
+  filtered: bool = False
   given: bool = False
   reduction: str | None = "sum"
   rollouts: int = 1
@@ -154,6 +156,13 @@ def skewed(alpha, direction):
     return kl(p, alpha * p + (1 - alpha) * q)
 
   return quantity
+
+
+def kept_by_filter(student, teacher):
+  """What `policy` says of a filter: a sum over two ids, less their mass."""
+  ids = jnp.argsort(-jax.lax.stop_gradient(student))[:2]
+  s, t = student[ids], teacher[ids]
+  return jnp.sum(s * (jnp.log(s) - jnp.log(t) - 1))
 
 
 def of_generator(f):
@@ -442,6 +451,7 @@ CASES: dict[str, tuple[Case, ...]] = {
     Case(less_kl_to_behavior, {"baseline": "behavior"}, off_policy=True),
     Case(whole_sequence, {"discount": 1.0}),
     Case(over_visited(reverse_kl), teacher_mix=0.2),
+    Case(over_visited(kept_by_filter), filtered=True),
   ),
   "opd_k2": (
     Case(over_visited(reverse_kl)),
@@ -535,7 +545,7 @@ CASES: dict[str, tuple[Case, ...]] = {
 }
 
 
-def make_world(off_policy, teacher_mix=0.0, given=False):
+def make_world(off_policy, teacher_mix=0.0, given=False, filtered=False):
   """Student logits and the world around them; seeds chosen once."""
   rng = np.random.default_rng(4)
   shape = (len(PREFIXES), VOCAB)
@@ -544,6 +554,9 @@ def make_world(off_policy, teacher_mix=0.0, given=False):
   if teacher_mix:
     mixture = teacher_mix * softmax(teacher)
     behavior = jnp.log(mixture + (1 - teacher_mix) * softmax(behavior))
+  if filtered:
+    least = jnp.min(behavior, axis=-1, keepdims=True)
+    behavior = jnp.where(behavior > least, behavior, -jnp.inf)
   return jnp.asarray(student), World(
     jnp.asarray(teacher),
     jnp.asarray(reference),
@@ -572,6 +585,8 @@ def expected_gradient(objective, student, world, moved=False, rollouts=1):
   np.testing.assert_allclose(jnp.sum(chance), 1.0, atol=1e-12)
   if world.given:
     behavior = jnp.zeros_like(behavior)
+  # Of completions with chance 0: any finite value.
+  behavior = jnp.where(jnp.isfinite(behavior), behavior, 0.0)
 
   groups = jnp.asarray(
     list(itertools.product(range(len(COMPLETIONS)), repeat=rollouts))
@@ -616,6 +631,7 @@ def all_cases():
       words += ["off_policy"] if case.off_policy else []
       words += ["moved"] if case.moved else []
       words += [f"teacher_mix={case.teacher_mix}"] if case.teacher_mix else []
+      words += ["filtered"] if case.filtered else []
       words += ["given"] if case.given else []
       yield pytest.param(name, case, id="-".join([name, *words]))
 
@@ -628,7 +644,9 @@ def test_every_objective_says_what_it_descends():
 @pytest.mark.parametrize(("name", "case"), list(all_cases()))
 def test_expected_gradient_is_that_of_the_claim(name, case):
   with jax.enable_x64(True):
-    student, world = make_world(case.off_policy, case.teacher_mix, case.given)
+    student, world = make_world(
+      case.off_policy, case.teacher_mix, case.given, case.filtered
+    )
     found = expected_gradient(
       case.create(name), student, world, case.moved, case.rollouts
     )
@@ -701,6 +719,7 @@ def test_a_wrong_claim_is_found_out(name):
     ("reopold", 2, over_visited(reverse_kl)),
     ("exopd", 0, over_visited(reverse_kl)),
     ("gopd", 1, tilted(0.6)),
+    ("opd_k1", 5, over_visited(reverse_kl)),
     ("aopd", 0, over_visited(reverse_kl)),
     ("grpo", 0, less_reward(1.0)),
     ("tropd", 0, over_visited(of_generator(trusted))),
@@ -718,7 +737,9 @@ def test_neighbouring_claims_are_told_apart(name, index, neighbour):
   """What a case does not descend, though another one does."""
   case = CASES[name][index]
   with jax.enable_x64(True):
-    student, world = make_world(case.off_policy, case.teacher_mix)
+    student, world = make_world(
+      case.off_policy, case.teacher_mix, filtered=case.filtered
+    )
     found = expected_gradient(
       case.create(name), student, world, case.moved, case.rollouts
     )

@@ -105,6 +105,30 @@ def test_an_empty_batch_is_zero(name):
 
 
 @pytest.mark.parametrize(
+  "name", [name for name in NAMES if _objective(name).needs.given != "never"]
+)
+def test_a_given_token_has_no_behavior(name):
+  """Whatever stands there is not read; the drawn ones beside it count."""
+  logits, tokens, mask, behavior = _case()
+  given = jnp.arange(LENGTH)[None, :] < jnp.array([6, 2, 0, 3])[:, None]
+  objective = _objective(name)
+
+  def loss(student, behavior):
+    case = ({**logits, "student": student}, tokens, mask, behavior)
+    return support.loss_of(objective, *case, given=given, **BY_ROW)[0]
+
+  both = jax.jit(jax.value_and_grad(loss))
+  student = logits["student"]
+  value, gradient = both(student, jnp.where(given, 0.0, behavior))
+  assert np.all(np.isfinite(gradient))
+  assert jnp.any(gradient[given & mask] != 0)
+  assert jnp.any(gradient[~given & mask] != 0)
+  for other in (-3.0, 3.0):
+    found = both(student, jnp.where(given, other, behavior))
+    jax.tree.map(np.testing.assert_array_equal, found, (value, gradient))
+
+
+@pytest.mark.parametrize(
   "name", [name for name in NAMES if name not in DRAWING]
 )
 def test_order_of_rows_does_not_matter(name):

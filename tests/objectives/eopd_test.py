@@ -150,7 +150,7 @@ def test_the_gate_is_shut_at_the_threshold():
     ({"entropy_threshold": -0.1}, "entropy_threshold must be >= 0 nats"),
     ({"coefficient": 0.0}, "without the forward KL the objective is opd_k1"),
     ({"clip": 1.0}, r"clip must be in \(0, 1\), got 1.0"),
-    ({"top_k": 0}, "needs top_k >= 1"),
+    ({"top_k": 0}, "needs top_k >= 1.*; set it to some of"),
     ({"reduction": "mean"}, "reduction must be one of"),
   ],
 )

@@ -13,7 +13,9 @@ REFINING = 5  # Of 10 steps: behind the switch.
 
 
 def _create(**options):
-  return objectives.create({"name": "reopold", "keep": 0.4, **options})
+  if options.get("variant") != "clip_only":
+    options = {"keep": 0.4, **options}
+  return objectives.create({"name": "reopold", **options})
 
 
 @pytest.mark.parametrize(
@@ -157,6 +159,14 @@ def test_the_first_stage_drops_what_it_would_clip():
     ({"keep": 0.0}, "keep must be in"),
     ({"switch": 1.1}, "switch must be in .0, 1., a fraction of the run"),
     ({"variant": "clip"}, "objective.variant must be one of"),
+    ({"variant": "clip_only", "keep": 0.3}, "keep = 0.3 has no effect"),
+    ({"variant": "clip_only", "switch": 0.3}, "switch = 0.3 has no effect"),
+    ({"variant": "entropy_only", "switch": 0.3}, "switch = 0.3 has no effect"),
+    ({"variant": "entropy_only", "lam": 0.3}, "lam = 0.3 has no effect"),
+    (
+      {"floor_form": "fixed", "fixed_floor": -1.0, "lam": 0.3},
+      "lam = 0.3 has no effect .*floor_form='fixed'",
+    ),
   ],
 )
 def test_bad_options_are_named(options, named):

@@ -81,8 +81,9 @@ def scores_of(
   """Scores from a dict of logits by role.
 
   `start` are the student's log-probabilities before the first of several
-  updates; None where this is the first. With `given` no token is drawn. Without
-  `group` and `rewards` every row is a group of its own, and right.
+  updates; None where this is the first. `given` says which tokens are not
+  drawn: all, none, or a mask [B, T]. Without `group` and `rewards` every row is
+  a group of its own, and right.
   """
   if start is None:
     needs = needs.starting_here()
@@ -95,7 +96,7 @@ def scores_of(
     group = jnp.arange(rows, dtype=jnp.int32)
   if rewards is None:
     rewards = jnp.ones(rows, jnp.float32)
-  drawn = mask & (not given)
+  drawn = mask & ~jnp.asarray(given)
   return Scores(
     tokens=tokens,
     sampled_mask=drawn,
