@@ -12,7 +12,7 @@ import importlib.metadata
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ from etils import epath
 from jaxtyping import Array, UInt32
 
 import opd_jax
-from opd_jax.config import CheckpointConfig
+from opd_jax.config import CheckpointConfig, RunConfig, SftConfig
 from opd_jax.errors import InputError
 from opd_jax.types import TrainState
 
@@ -51,6 +51,8 @@ _FREE_KEYS = (
   "batch.chunk_tokens",
   "student.remat",
 )
+# Except where the held-out loss moves the threshold of a replay buffer.
+_OF_THE_LOSS = ("held_out.every", "held_out.batch")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,19 +113,20 @@ class Checkpoints:
       )
     self._manager = ocp.CheckpointManager(self._directory, options=options)
 
-  def save_manifest(self, kind: str, run: Mapping[str, Any]) -> None:
+  def save_manifest(self, kind: str, config: RunConfig | SftConfig) -> None:
     """Records what run this is; call it at the start, before `restore`.
 
     Args:
       kind: of run: the command that makes it, "train" or "sft".
-      run: the run's config as nested dicts.
+      config: of the run. A key that a saved config lacks, since there was no
+        such key then, counts there as its default.
 
     Raises:
       InputError: there are checkpoints of a run whose config differs in a key
         that changes what is computed or measured. Steps, mesh, log and
         checkpoint settings and what only trades memory for time may differ.
     """
-    run = json.loads(json.dumps(run))
+    run = _plain(config)
     file = self._directory / "manifest.json"
     if self.latest() is not None and file.exists():
       saved = _read_manifest(file)
@@ -132,7 +135,8 @@ class Checkpoints:
           f"{self._directory} holds checkpoints of opd-jax {saved.kind}, not "
           f"of {kind}; use that command to resume it, or a new workdir"
         )
-      _check_same_run(saved.config, run, str(self._directory))
+      before = _completed(saved.config, config)
+      _check_same_run(before, run, str(self._directory))
     if jax.process_index() == 0:
       versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
       versions["opd_jax"] = opd_jax.__version__
@@ -260,9 +264,12 @@ class Checkpoints:
         ),
       )
       saved = {name: tuple(entry) for name, entry in texts["arrays"].items()}
+      parts = self._parts(wanted)
     except Exception as error:
       raise self._damaged(wanted, _first_line(error)) from error
     self._check_fits(wanted, saved, target)
+    # An earlier version may have known less; what is empty need not be there.
+    target = {name: part for name, part in target.items() if name in parts}
     try:
       state = self._manager.restore(
         wanted,
@@ -276,7 +283,7 @@ class Checkpoints:
     bad = [name for name in found if found[name] != saved[name]]
     if bad:
       raise self._damaged(wanted, f"bits of {', '.join(bad[:5])} changed")
-    return TrainState(**state), texts["data"]
+    return dataclasses.replace(abstract_state, **state), texts["data"]
 
   def _write_sizes(self) -> None:
     """Adds a list of files to a checkpoint, just before it becomes visible."""
@@ -289,6 +296,13 @@ class Checkpoints:
           for file in _files(folder / "state")
         }
         (folder / _SIZES).write_text(json.dumps(sizes))
+
+  def _parts(self, step: int) -> Collection[str]:
+    """The fields of the train state that are saved, empty ones too."""
+    reader = ocp.StandardCheckpointHandler()
+    found = reader.metadata(self._directory / str(step) / "state")
+    reader.close()
+    return found.tree.keys()
 
   def _check_sizes(self, step: int) -> None:
     folder = self._directory / str(step)
@@ -434,16 +448,45 @@ def _read_manifest(file: epath.Path) -> Manifest:
     ) from error
 
 
+def _plain(values: Any) -> Any:
+  """Config values as JSON has them."""
+  return json.loads(json.dumps(values, default=dataclasses.asdict))
+
+
+def _completed(saved: Any, config: Any) -> Any:
+  """Saved values, and the defaults of keys that were not there to be saved."""
+  if not isinstance(saved, Mapping):
+    return saved
+  if isinstance(config, Mapping):
+    return {
+      key: _completed(value, config.get(key)) for key, value in saved.items()
+    }
+  if not dataclasses.is_dataclass(config):
+    return saved
+  completed = {}
+  for field in dataclasses.fields(config):
+    if field.default is not dataclasses.MISSING:
+      completed[field.name] = _plain(field.default)
+    elif field.default_factory is not dataclasses.MISSING:
+      completed[field.name] = _plain(field.default_factory())
+  for key, value in saved.items():
+    completed[key] = _completed(value, getattr(config, key, None))
+  return completed
+
+
 def _check_same_run(
   saved: Mapping[str, Any], run: Mapping[str, Any], directory: str
 ) -> None:
   before, now = _flatten(saved), _flatten(run)
+  free = set(_FREE_KEYS)
+  if now.get("rollout.replay_capacity") is not None:
+    free -= set(_OF_THE_LOSS)
   differing = [
     f"{key}: {before.get(key, 'absent')!r} saved, {now.get(key, 'absent')!r} "
     "given"
     for key in sorted(before.keys() | now.keys())
     if before.get(key) != now.get(key)
-    and not any(f"{key}.".startswith(f"{free}.") for free in _FREE_KEYS)
+    and not any(f"{key}.".startswith(f"{name}.") for name in free)
   ]
   if differing:
     raise InputError(
