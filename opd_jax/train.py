@@ -194,6 +194,8 @@ class Distillation:
       rows=batch.prompts * batch.rollouts,
       prompt_length=record["rollout/prompt_length_mean"],
       completion_length=record["rollout/length_mean"],
+      given_length=record.get("rollout/given_length_mean", 0.0),
+      prefixes=self.config.rollout.prefix != "none",
       frozen_prompt_length=record.get("teacher/prompt_length_mean"),
       reference=self._setup.reference,
       mixed=self._setup.teacher if self.config.rollout.teacher_mix else None,
@@ -207,7 +209,7 @@ class Distillation:
   def _scoring_teachers(self) -> tuple[ModelConfig, ...]:
     """The teachers that run over every row: all, or none."""
     setup = self._setup
-    if "teacher" not in setup.objective.frozen_roles():
+    if "teacher" not in self._step.frozen_roles:
       return ()
     return (setup.teacher, *(other.model for other in setup.domain_teachers))
 
