@@ -120,8 +120,9 @@ def run(
               values = measurement(state.params)
               record(values)
             found |= values
-        measured["after"] |= found
-        task.observe(done, found)
+            # At once: what is measured next may fail, and end the run.
+            measured["after"] |= values
+            task.observe(done, values)
         examples = [
           example
           for measurement in measurements
