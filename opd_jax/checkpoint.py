@@ -8,10 +8,8 @@ array, its type, shape and a sum over its bits are saved too, and compared.
 """
 
 import dataclasses
-import importlib.metadata
 import json
 import math
-import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,9 +19,10 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jaxtyping import Array, UInt32
 
-import opd_jax
+from opd_jax import manifest
 from opd_jax.config import CheckpointConfig, RunConfig, SftConfig
 from opd_jax.errors import InputError
+from opd_jax.manifest import Manifest
 from opd_jax.types import TrainState
 
 # What makes a checkpoint the best: the accuracy of the evaluation if there is
@@ -32,42 +31,7 @@ ACCURACY = "eval/accuracy"
 LOSS = "held_out/loss"
 
 _SIZES = "sizes.json"
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-# Config keys, dotted, that a resumed run may change: the steps done stay what
-# they are. (With more steps a schedule stretches from there on.) What is
-# measured may not change: before, after and best would not be of the same.
-_FREE_KEYS = (
-  "steps",
-  "mode",
-  "mesh",
-  "held_out.every",
-  "held_out.batch",
-  "eval.every",
-  "eval.batch",
-  "preflight",
-  "checkpoint",
-  "log",
-  "batch.micro_batches",
-  "batch.chunk_tokens",
-  "student.remat",
-)
-# Except where the held-out loss moves the threshold of a replay buffer.
-_OF_THE_LOSS = ("held_out.every", "held_out.batch")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Manifest:
-  """What run a folder of checkpoints is of.
-
-  Attributes:
-    kind: the command that made it, "train" or "sft".
-    config: of the run, as nested dicts.
-    folder: that it was started in; relative paths of the config start there.
-  """
-
-  kind: str
-  config: Mapping[str, Any]
-  folder: str
+_MANIFEST = "manifest.json"
 
 
 class Checkpoints:
@@ -126,37 +90,19 @@ class Checkpoints:
         that changes what is computed or measured. Steps, mesh, log and
         checkpoint settings and what only trades memory for time may differ.
     """
-    run = _plain(config)
-    file = self._directory / "manifest.json"
+    file = self._directory / _MANIFEST
     if self.latest() is not None and file.exists():
-      saved = _read_manifest(file)
-      if saved.kind != kind:
-        raise InputError(
-          f"{self._directory} holds checkpoints of opd-jax {saved.kind}, not "
-          f"of {kind}; use that command to resume it, or a new workdir"
-        )
-      before = _completed(saved.config, config)
-      _check_same_run(before, run, str(self._directory))
+      manifest.check(manifest.read(file), kind, config, str(self._directory))
     if jax.process_index() == 0:
-      versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
-      versions["opd_jax"] = opd_jax.__version__
-      manifest = {
-        "kind": kind,
-        "config": run,
-        "folder": os.getcwd(),
-        "versions": versions,
-      }
-      partial = self._directory / "manifest.json.partial"
-      partial.write_text(json.dumps(manifest, indent=2) + "\n")
-      partial.replace(file)
+      manifest.write(file, kind, config)
 
-  def read_manifest(self) -> "Manifest":
+  def read_manifest(self) -> Manifest:
     """What run this is, as `save_manifest` got it.
 
     Raises:
       InputError: there is none, or it is damaged.
     """
-    return _read_manifest(self._directory / "manifest.json")
+    return manifest.read(self._directory / _MANIFEST)
 
   def save(
     self,
@@ -428,79 +374,3 @@ def _bit_sums(leaves: list[Array]) -> list[UInt32[Array, ""]]:
     return jnp.sum(bits.astype(jnp.uint32), dtype=jnp.uint32)
 
   return [bit_sum(leaf) for leaf in leaves]
-
-
-def _read_manifest(file: epath.Path) -> Manifest:
-  if not file.exists():
-    raise InputError(
-      f"there is no {file}, which says what run this is; give the workdir of a "
-      "run that has started"
-    )
-  try:
-    values = json.loads(file.read_text())
-    return Manifest(
-      kind=values["kind"], config=values["config"], folder=values["folder"]
-    )
-  except (ValueError, KeyError, TypeError) as error:
-    raise InputError(
-      f"{file} is damaged ({error!r}); delete it if the checkpoints beside it "
-      "are of this very run"
-    ) from error
-
-
-def _plain(values: Any) -> Any:
-  """Config values as JSON has them."""
-  return json.loads(json.dumps(values, default=dataclasses.asdict))
-
-
-def _completed(saved: Any, config: Any) -> Any:
-  """Saved values, and the defaults of keys that were not there to be saved."""
-  if not isinstance(saved, Mapping):
-    return saved
-  if isinstance(config, Mapping):
-    return {
-      key: _completed(value, config.get(key)) for key, value in saved.items()
-    }
-  if not dataclasses.is_dataclass(config):
-    return saved
-  completed = {}
-  for field in dataclasses.fields(config):
-    if field.default is not dataclasses.MISSING:
-      completed[field.name] = _plain(field.default)
-    elif field.default_factory is not dataclasses.MISSING:
-      completed[field.name] = _plain(field.default_factory())
-  for key, value in saved.items():
-    completed[key] = _completed(value, getattr(config, key, None))
-  return completed
-
-
-def _check_same_run(
-  saved: Mapping[str, Any], run: Mapping[str, Any], directory: str
-) -> None:
-  before, now = _flatten(saved), _flatten(run)
-  free = set(_FREE_KEYS)
-  if now.get("rollout.replay_capacity") is not None:
-    free -= set(_OF_THE_LOSS)
-  differing = [
-    f"{key}: {before.get(key, 'absent')!r} saved, {now.get(key, 'absent')!r} "
-    "given"
-    for key in sorted(before.keys() | now.keys())
-    if before.get(key) != now.get(key)
-    and not any(f"{key}.".startswith(f"{name}.") for name in free)
-  ]
-  if differing:
-    raise InputError(
-      f"{directory} holds checkpoints of another run; {'; '.join(differing)}. "
-      "Give these values back to resume it, or use a new workdir"
-    )
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-  """Values of nested dicts by dotted key."""
-  flat: dict[str, Any] = {}
-  for key, value in values.items():
-    if isinstance(value, Mapping):
-      flat.update(_flatten(value, f"{prefix}{key}."))
-    else:
-      flat[prefix + key] = value
-  return flat
