@@ -64,6 +64,18 @@ def needed(objective: Objective) -> str:
   return "\n\n".join([found, *(["\n".join(listed)] if listed else [])])
 
 
+def _repeated(objective: Objective) -> list[str]:
+  """The roles whose head runs for `prepare` and for `terms` again."""
+  before, after = objective.prepare_needs, objective.needs
+  trained = after.gradient_roles()
+  return [
+    role
+    for role in before.roles()
+    if role in after.roles()
+    and (role in trained or not before.covers(after, role))
+  ]
+
+
 def head_passes(objective: Objective) -> dict[str, int]:
   """Products of each model's vocabulary head and the states of all tokens.
 
@@ -71,28 +83,21 @@ def head_passes(objective: Objective) -> dict[str, int]:
   and in the weights.
   """
   trained = objective.needs.gradient_roles()
-  passes = {}
-  for role in ROLES:
-    before = bool(getattr(objective.prepare_needs, role))
-    after = bool(getattr(objective.needs, role))
-    if role in trained:
-      passes[role] = 3 + before
-    elif (
-      before
-      and after
-      and not objective.prepare_needs.covers(objective.needs, role)
-    ):
-      passes[role] = 2
-    elif before or after:
-      passes[role] = 1
-  return passes
+  again = _repeated(objective)
+  read = {*objective.prepare_needs.roles(), *objective.needs.roles()}
+  return {
+    role: (3 if role in trained else 1) + (role in again)
+    for role in ROLES
+    if role in read
+  }
 
 
 def prepare_pass(objective: Objective) -> str:
   """What `prepare` costs beyond the update's own passes, in a few words."""
-  trained = objective.needs.gradient_roles()
-  roles = [role for role in objective.prepare_needs.roles() if role in trained]
-  return f"the {' and '.join(roles)}'s head" if roles else "no"
+  roles = _repeated(objective)
+  if len(roles) > 1:
+    return f"the heads of {' and '.join(roles)}"
+  return f"the {roles[0]}'s head" if roles else "no"
 
 
 def cost(objective: Objective) -> str:
@@ -105,7 +110,8 @@ def cost(objective: Objective) -> str:
   )
   again = prepare_pass(objective)
   if again != "no":
-    again += ", counted above; with several micro-batches its trunk once more"
+    trunks = "its trunk" if len(_repeated(objective)) == 1 else "their trunks"
+    again += f", counted above; with several micro-batches {trunks} once more"
   lines = [
     ("forward passes of frozen models", ", ".join(frozen) or "none"),
     ("vocabulary heads", f"2 V ({widths}) FLOP per token of a completion"),

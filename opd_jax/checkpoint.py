@@ -8,11 +8,9 @@ array, its type, shape and a sum over its bits are saved too, and compared.
 """
 
 import dataclasses
-import importlib.metadata
 import json
 import math
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,9 +19,10 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jaxtyping import Array, UInt32
 
-import opd_jax
-from opd_jax.config import CheckpointConfig
+from opd_jax import manifest
+from opd_jax.config import CheckpointConfig, RunConfig, SftConfig
 from opd_jax.errors import InputError
+from opd_jax.manifest import Manifest
 from opd_jax.types import TrainState
 
 # What makes a checkpoint the best: the accuracy of the evaluation if there is
@@ -32,40 +31,7 @@ ACCURACY = "eval/accuracy"
 LOSS = "held_out/loss"
 
 _SIZES = "sizes.json"
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-# Config keys, dotted, that a resumed run may change: the steps done stay what
-# they are. (With more steps a schedule stretches from there on.) What is
-# measured may not change: before, after and best would not be of the same.
-_FREE_KEYS = (
-  "steps",
-  "mode",
-  "mesh",
-  "held_out.every",
-  "held_out.batch",
-  "eval.every",
-  "eval.batch",
-  "preflight",
-  "checkpoint",
-  "log",
-  "batch.micro_batches",
-  "batch.chunk_tokens",
-  "student.remat",
-)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Manifest:
-  """What run a folder of checkpoints is of.
-
-  Attributes:
-    kind: the command that made it, "train" or "sft".
-    config: of the run, as nested dicts.
-    folder: that it was started in; relative paths of the config start there.
-  """
-
-  kind: str
-  config: Mapping[str, Any]
-  folder: str
+_MANIFEST = "manifest.json"
 
 
 class Checkpoints:
@@ -111,48 +77,32 @@ class Checkpoints:
       )
     self._manager = ocp.CheckpointManager(self._directory, options=options)
 
-  def save_manifest(self, kind: str, run: Mapping[str, Any]) -> None:
+  def save_manifest(self, kind: str, config: RunConfig | SftConfig) -> None:
     """Records what run this is; call it at the start, before `restore`.
 
     Args:
       kind: of run: the command that makes it, "train" or "sft".
-      run: the run's config as nested dicts.
+      config: of the run. A key that a saved config lacks, since there was no
+        such key then, counts there as its default.
 
     Raises:
       InputError: there are checkpoints of a run whose config differs in a key
         that changes what is computed or measured. Steps, mesh, log and
         checkpoint settings and what only trades memory for time may differ.
     """
-    run = json.loads(json.dumps(run))
-    file = self._directory / "manifest.json"
+    file = self._directory / _MANIFEST
     if self.latest() is not None and file.exists():
-      saved = _read_manifest(file)
-      if saved.kind != kind:
-        raise InputError(
-          f"{self._directory} holds checkpoints of opd-jax {saved.kind}, not "
-          f"of {kind}; use that command to resume it, or a new workdir"
-        )
-      _check_same_run(saved.config, run, str(self._directory))
+      manifest.check(manifest.read(file), kind, config, str(self._directory))
     if jax.process_index() == 0:
-      versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
-      versions["opd_jax"] = opd_jax.__version__
-      manifest = {
-        "kind": kind,
-        "config": run,
-        "folder": os.getcwd(),
-        "versions": versions,
-      }
-      partial = self._directory / "manifest.json.partial"
-      partial.write_text(json.dumps(manifest, indent=2) + "\n")
-      partial.replace(file)
+      manifest.write(file, kind, config)
 
-  def read_manifest(self) -> "Manifest":
+  def read_manifest(self) -> Manifest:
     """What run this is, as `save_manifest` got it.
 
     Raises:
       InputError: there is none, or it is damaged.
     """
-    return _read_manifest(self._directory / "manifest.json")
+    return manifest.read(self._directory / _MANIFEST)
 
   def save(
     self,
@@ -260,9 +210,12 @@ class Checkpoints:
         ),
       )
       saved = {name: tuple(entry) for name, entry in texts["arrays"].items()}
+      parts = self._parts(wanted)
     except Exception as error:
       raise self._damaged(wanted, _first_line(error)) from error
     self._check_fits(wanted, saved, target)
+    # An earlier version may have known less; what is empty need not be there.
+    target = {name: part for name, part in target.items() if name in parts}
     try:
       state = self._manager.restore(
         wanted,
@@ -276,7 +229,7 @@ class Checkpoints:
     bad = [name for name in found if found[name] != saved[name]]
     if bad:
       raise self._damaged(wanted, f"bits of {', '.join(bad[:5])} changed")
-    return TrainState(**state), texts["data"]
+    return dataclasses.replace(abstract_state, **state), texts["data"]
 
   def _write_sizes(self) -> None:
     """Adds a list of files to a checkpoint, just before it becomes visible."""
@@ -289,6 +242,13 @@ class Checkpoints:
           for file in _files(folder / "state")
         }
         (folder / _SIZES).write_text(json.dumps(sizes))
+
+  def _parts(self, step: int) -> Collection[str]:
+    """The fields of the train state that are saved, empty ones too."""
+    reader = ocp.StandardCheckpointHandler()
+    found = reader.metadata(self._directory / str(step) / "state")
+    reader.close()
+    return found.tree.keys()
 
   def _check_sizes(self, step: int) -> None:
     folder = self._directory / str(step)
@@ -414,50 +374,3 @@ def _bit_sums(leaves: list[Array]) -> list[UInt32[Array, ""]]:
     return jnp.sum(bits.astype(jnp.uint32), dtype=jnp.uint32)
 
   return [bit_sum(leaf) for leaf in leaves]
-
-
-def _read_manifest(file: epath.Path) -> Manifest:
-  if not file.exists():
-    raise InputError(
-      f"there is no {file}, which says what run this is; give the workdir of a "
-      "run that has started"
-    )
-  try:
-    values = json.loads(file.read_text())
-    return Manifest(
-      kind=values["kind"], config=values["config"], folder=values["folder"]
-    )
-  except (ValueError, KeyError, TypeError) as error:
-    raise InputError(
-      f"{file} is damaged ({error!r}); delete it if the checkpoints beside it "
-      "are of this very run"
-    ) from error
-
-
-def _check_same_run(
-  saved: Mapping[str, Any], run: Mapping[str, Any], directory: str
-) -> None:
-  before, now = _flatten(saved), _flatten(run)
-  differing = [
-    f"{key}: {before.get(key, 'absent')!r} saved, {now.get(key, 'absent')!r} "
-    "given"
-    for key in sorted(before.keys() | now.keys())
-    if before.get(key) != now.get(key)
-    and not any(f"{key}.".startswith(f"{free}.") for free in _FREE_KEYS)
-  ]
-  if differing:
-    raise InputError(
-      f"{directory} holds checkpoints of another run; {'; '.join(differing)}. "
-      "Give these values back to resume it, or use a new workdir"
-    )
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-  """Values of nested dicts by dotted key."""
-  flat: dict[str, Any] = {}
-  for key, value in values.items():
-    if isinstance(value, Mapping):
-      flat.update(_flatten(value, f"{prefix}{key}."))
-    else:
-      flat[prefix + key] = value
-  return flat

@@ -1,8 +1,8 @@
 """Floating-point operations of a step, and what a device could do at most.
 
 A product of [n, k] and [k, m] counts 2 n k m; a backward pass counts twice its
-forward. What rematerialisation computes again is not counted, so that the
-utilisation (MFU) is about useful work.
+forward. What is computed again, by rematerialisation or in the pass before an
+update, is not counted, so that the utilisation (MFU) is about useful work.
 """
 
 from opd_jax.models import ModelConfig
@@ -69,6 +69,8 @@ def step(
   rows: int,
   prompt_length: float,
   completion_length: float,
+  given_length: float = 0.0,
+  prefixes: bool = False,
   frozen_prompt_length: float | None = None,
   reference: ModelConfig | None = None,
   mixed: ModelConfig | None = None,
@@ -86,6 +88,9 @@ def step(
     rows: completions.
     prompt_length: tokens per prompt, on average.
     completion_length: tokens per completion, on average.
+    given_length: of them those that are stored or replayed, not drawn.
+    prefixes: whether rows are prefilled, each with what is given of it; if not,
+      prompts are, and a row is drawn or given as a whole.
     frozen_prompt_length: tokens per prompt that frozen models read; None for
       the student's.
     reference: a model that scores every row after the student's prompts.
@@ -96,18 +101,20 @@ def step(
     frozen_kept: fraction whose next-token logits frozen models compute; that of
       the reference is `kept`.
   """
-  drawn = rows * completion_length
+  tokens = rows * completion_length
+  drawn = tokens - rows * given_length
 
   def draw(config: ModelConfig) -> float:
-    prefill = forward(
-      config, prompts * prompt_length, prompt_length / 2, prompts
-    )
-    context = prompt_length + completion_length / 2
-    return prefill + forward(config, drawn, context, drawn)
+    filled, start, drawn_in_row = prompts, prompt_length, completion_length
+    if prefixes:
+      filled, start = rows, prompt_length + given_length
+      drawn_in_row = completion_length - given_length
+    prefill = forward(config, filled * start, start / 2, filled)
+    return prefill + forward(config, drawn, start + drawn_in_row / 2, drawn)
 
   def score(config: ModelConfig, before: float, share: float = 1.0) -> float:
     length = before + completion_length
-    return forward(config, rows * length, length / 2, share * drawn)
+    return forward(config, rows * length, length / 2, share * tokens)
 
   if frozen_prompt_length is None:
     frozen_prompt_length = prompt_length

@@ -4,7 +4,6 @@ What `train` and `sft` differ in is a `task.Task`; see there.
 """
 
 import contextlib
-import dataclasses
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -62,7 +61,7 @@ def run(
   with contextlib.ExitStack() as stack:
     checkpoints = Checkpoints(workdir / CHECKPOINT_FOLDER, config.checkpoint)
     stack.callback(checkpoints.close)
-    checkpoints.save_manifest(task.kind, dataclasses.asdict(config))
+    checkpoints.save_manifest(task.kind, config)
     for line in task.describe():
       tell.print(line)
 
@@ -81,7 +80,7 @@ def run(
     else:
       place = checkpoints.read_place(saved_step)
       data.set_state(place["data"])
-      task.set_state(place["task"])
+      task.set_state(place.get("task", {}))
       measured, spent = place["measured"], place["spent"]
       state, _ = checkpoints.restore(saved_step, task.abstract_state())
       tell.print(f"resuming after step {saved_step}")
@@ -121,8 +120,9 @@ def run(
               values = measurement(state.params)
               record(values)
             found |= values
-        measured["after"] |= found
-        task.observe(done, found)
+            # At once: what is measured next may fail, and end the run.
+            measured["after"] |= values
+            task.observe(done, values)
         examples = [
           example
           for measurement in measurements

@@ -2,7 +2,9 @@
 
 It runs between rollout and update, in `mode="split"`: the completions come to
 the host as ids, become text, and are compared with the answers of their rows.
-Every process has all completions, and so makes the same rewards.
+Every process has all completions; the first verifies them and tells the others,
+since a verifier need not say the same twice, and what the devices hold must be
+the same everywhere.
 
 A host stage is a function of the batch and its rollout that gives the rollout
 back with more in it; what it adds is declared in `objectives.base.Needs`.
@@ -12,11 +14,13 @@ import dataclasses
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import Float
 
 from opd_jax import verifiers
 from opd_jax.config import RewardConfig
 from opd_jax.data.prompts import Batch, Prompts
+from opd_jax.errors import InputError
 from opd_jax.tokenizer import Tokenizer
 from opd_jax.types import Rollout
 from opd_jax.verifiers import Verifier
@@ -37,16 +41,36 @@ class Rewards:
   prompts: Prompts
 
   def __call__(self, batch: Batch, rollout: Rollout) -> Float[np.ndarray, " B"]:
-    """The score of every completion, in [0, 1].
+    """The score of every completion, in [0, 1]; all processes call it.
 
     Args:
       batch: the prompts, P of them, with their answers.
       rollout: completions of them, B = P x G.
 
     Raises:
-      InputError: the verifier raised, or gave something else than a score.
+      InputError: on all processes: the verifier raised, or gave something else
+        than a score.
     """
     rollout = jax.device_get(rollout)
+    scores = np.zeros(len(rollout.tokens), np.float32)
+    failure = None
+    if jax.process_index() == 0:
+      try:
+        scores = self._verify(batch, rollout)
+      except InputError as error:
+        failure = error
+    failed, scores = multihost_utils.broadcast_one_to_all(
+      (np.float32(failure is not None), scores)
+    )
+    if failure is not None:
+      raise failure
+    if failed:
+      raise InputError(
+        "the verifier failed on the first process, which says at which row"
+      )
+    return np.asarray(scores)
+
+  def _verify(self, batch: Batch, rollout: Rollout) -> Float[np.ndarray, " B"]:
     rows = len(rollout.tokens)
     rollouts = rows // len(batch.rows)
     scores = [

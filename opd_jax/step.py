@@ -152,9 +152,18 @@ class Step(Update):
     """Whether tokens are drawn from the student's whole distribution."""
     return self.sampling.is_pure and self.teacher_decoder is None
 
+  @property
+  def frozen_roles(self) -> tuple[str, ...]:
+    """The frozen models that run over the rows, whoever reads them."""
+    roles = self.objective.frozen_roles()
+    if self.selector is not None:
+      chosen_by = [role for role in self.selector.roles if role != "student"]
+      roles = tuple(dict.fromkeys((*roles, *chosen_by)))
+    return roles
+
   def score(self, frozen: Frozen, batch: ScoringBatch) -> Observed:
     """What the frozen models say of the drawn tokens, by itself."""
-    roles = [role for role in self.objective.needs.roles() if role in frozen]
+    roles = self.frozen_roles
 
     def score_part(part: ScoringBatch) -> Observed:
       found = self.scorer.fields(
@@ -367,7 +376,10 @@ def given_metrics(rollout: Rollout) -> Metrics:
 
 
 def rollout_metrics(rollout: Rollout) -> Metrics:
-  """Lengths in tokens, and the fraction that ran into the limit."""
+  """Lengths in tokens, and of the rows drawn in, those cut at the limit."""
+  drawn = jnp.any(rollout.sampled_mask, axis=1)
+  truncated = drawn & (rollout.stop_reason == STOP_LENGTH)
+  rows = jnp.maximum(jnp.sum(drawn, dtype=jnp.float32), 1.0)
   lengths = rollout.lengths.astype(jnp.float32)
   return {
     "rollout/prompt_length_mean": jnp.mean(
@@ -376,9 +388,7 @@ def rollout_metrics(rollout: Rollout) -> Metrics:
     "rollout/tokens": jnp.sum(rollout.sampled_mask, dtype=jnp.float32),
     "rollout/length_mean": jnp.mean(lengths),
     "rollout/length_max": jnp.max(lengths),
-    "rollout/truncated": jnp.mean(
-      rollout.stop_reason == STOP_LENGTH, dtype=jnp.float32
-    ),
+    "rollout/truncated": jnp.sum(truncated, dtype=jnp.float32) / rows,
   }
 
 

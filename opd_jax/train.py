@@ -194,6 +194,8 @@ class Distillation:
       rows=batch.prompts * batch.rollouts,
       prompt_length=record["rollout/prompt_length_mean"],
       completion_length=record["rollout/length_mean"],
+      given_length=record.get("rollout/given_length_mean", 0.0),
+      prefixes=self.config.rollout.prefix != "none",
       frozen_prompt_length=record.get("teacher/prompt_length_mean"),
       reference=self._setup.reference,
       mixed=self._setup.teacher if self.config.rollout.teacher_mix else None,
@@ -207,7 +209,7 @@ class Distillation:
   def _scoring_teachers(self) -> tuple[ModelConfig, ...]:
     """The teachers that run over every row: all, or none."""
     setup = self._setup
-    if "teacher" not in setup.objective.frozen_roles():
+    if "teacher" not in self._step.frozen_roles:
       return ()
     return (setup.teacher, *(other.model for other in setup.domain_teachers))
 
@@ -323,12 +325,44 @@ def describe(setup: Setup, step: Step) -> Iterator[str]:
       f"drawn from {config.rollout.teacher_mix:g} x teacher + "
       f"{1 - config.rollout.teacher_mix:g} x student"
     )
+  yield from _describe_given(config)
   if config.selection is not None:
     yield (
       f"loss on {100 * config.selection.fraction:g} % of the tokens, chosen by "
       f"{config.selection.name}"
     )
   yield f"{loop.devices(step.scorer.student)}, {setup.mode} step"
+
+
+def _describe_given(config: RunConfig) -> Iterator[str]:
+  """How much of the completions is not drawn, as far as it can be said."""
+  mixing = config.rollout
+  if not mixing.reads_given:
+    return
+  sources = config.data.sources.values()
+  stored = sum(source.weight for source in sources if source.given)
+  share = stored / sum(source.weight for source in sources)
+  if mixing.stored_fraction > 0:
+    yield (
+      f"stored completions: {100 * share * mixing.stored_fraction:.3g} % of "
+      f"the rows, decided for each {mixing.stored_scope}"
+    )
+  if mixing.prefix != "none":
+    begun = share * (1 - mixing.stored_fraction)
+    yield (
+      f"prefixes: {100 * begun:.3g} % of the rows begin with stored tokens, at "
+      f"most {config.sampling.max_new_tokens} of them at the start, none at "
+      f"the end ({mixing.prefix}, {mixing.prefix_draw})"
+    )
+  if mixing.replay_capacity is not None:
+    line = (
+      f"replay: {100 * mixing.replay_threshold:.3g} % of the steps draw or "
+      f"replay at first, of {mixing.replay_capacity} completions; the others "
+      f"take stored ones, which {100 * share:.3g} % of the rows have"
+    )
+    if mixing.replay_threshold == 0:
+      line += "; nothing is drawn for these until the held-out loss has risen"
+    yield line
 
 
 def place_inputs(

@@ -12,10 +12,11 @@ import numpy as np
 import optax
 import pytest
 
-from opd_jax import sharding, types
+from opd_jax import checkpoint, sharding, types
 from opd_jax.checkpoint import Checkpoints
-from opd_jax.config import CheckpointConfig
+from opd_jax.config import CheckpointConfig, RunConfig
 from opd_jax.errors import InputError
+from opd_jax.parsing import parse
 
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
 AXES = {"w": ("embed", "ffw"), "norm": {"scale": ("norm",)}}
@@ -247,6 +248,8 @@ def test_a_state_of_another_form_is_refused(damaged, opened):
 
 RUN = {
   "student": {"path": "a", "remat": "none"},
+  "teacher": {"path": "c"},
+  "data": {"sources": {"texts": {"path": "texts.jsonl"}}},
   "objective": {"name": "opd_k1"},
   "batch": {"prompts": 4, "micro_batches": 1},
   "sampling": {"stop_ids": (1, 2)},
@@ -260,15 +263,15 @@ def changed(**values):
   run = copy.deepcopy(RUN)
   for name, value in values.items():
     group, _, key = name.partition("__")
-    run[group] = run[group] | {key: value} if key else value
-  return run
+    run[group] = run.get(group, {}) | {key: value} if key else value
+  return parse(RunConfig, run)
 
 
 def test_manifest_refuses_another_run_only(opened, tmp_path):
   checkpoints = opened()
   checkpoints.save_manifest("train", changed(seed=1))
   checkpoints.save_manifest(
-    "train", RUN
+    "train", changed()
   )  # Nothing is saved yet: no harm in changes.
   checkpoints.save(1, make_state(), {})
   checkpoints.wait()
@@ -288,4 +291,70 @@ def test_manifest_refuses_another_run_only(opened, tmp_path):
       "train", changed(batch__prompts=8, objective__beta=0.5, student__path="b")
     )
   with pytest.raises(InputError, match="of opd-jax train, not of sft; use"):
-    opened().save_manifest("sft", RUN)
+    opened().save_manifest("sft", changed())
+
+
+def test_keys_that_were_not_there_count_as_their_defaults(opened, tmp_path):
+  """Whole groups, keys of a group and keys of each source."""
+  checkpoints = opened()
+  checkpoints.save_manifest("train", changed())
+  checkpoints.save(1, make_state(), {})
+  checkpoints.wait()
+  path = tmp_path / "checkpoints" / "manifest.json"
+  manifest = json.loads(path.read_text())
+  del manifest["config"]["rollout"]
+  del manifest["config"]["batch"]["epochs"]
+  del manifest["config"]["data"]["sources"]["texts"]["given"]
+  older = json.dumps(manifest)
+  path.write_text(older)
+  opened().save_manifest("train", changed())
+  path.write_text(older)
+  with pytest.raises(
+    InputError,
+    match=r"another run; batch\.epochs: 1 saved, 2 given; "
+    r"rollout\.prefix: 'none' saved, 'cosine' given\. Give",
+  ):
+    opened().save_manifest(
+      "train", changed(batch__epochs=2, rollout__prefix="cosine")
+    )
+
+
+def test_the_held_out_loss_of_a_replay_is_part_of_the_run(opened):
+  checkpoints = opened()
+  plain = {"held_out__path": "texts.jsonl"}
+  replay = {**plain, "rollout__replay_capacity": 8}
+  checkpoints.save(1, make_state(), {})
+  checkpoints.wait()
+  for keys, key in ((plain, None), (replay, "every"), (replay, "batch")):
+    (checkpoints._directory / "manifest.json").unlink(missing_ok=True)
+    checkpoints.save_manifest("train", changed(**keys))
+    other = changed(**keys, **{f"held_out__{key or 'every'}": 3})
+    if key is None:
+      opened().save_manifest("train", other)
+      continue
+    with pytest.raises(InputError, match=rf"held_out\.{key}: \d+ saved, 3 "):
+      opened().save_manifest("train", other)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_restored(
+  opened, monkeypatch, tmp_path
+):
+  """It has no part of the state that came later; neither do all have arrays."""
+  whole = checkpoint._to_dict
+  with monkeypatch.context() as patch:
+    patch.setattr(
+      checkpoint,
+      "_to_dict",
+      lambda state: {k: v for k, v in whole(state).items() if k != "replay"},
+    )
+    writer = opened()
+    writer.save(3, make_state(3), {})
+    writer.wait()
+  state, _ = opened(None).restore(None, abstract(make_state()))
+  np.testing.assert_array_equal(state.params["w"], make_state(3).params["w"])
+  assert state.objective == state.replay == {}
+  target = dataclasses.replace(
+    abstract(make_state()), replay={"next": abstract(make_state()).step}
+  )
+  with pytest.raises(InputError, match=r"replay\.next: absent saved, int32"):
+    opened(None).restore(None, target)

@@ -11,7 +11,8 @@ import pytest
 from opd_jax import sampling, sequences
 from opd_jax.config import RolloutConfig, SamplingConfig
 from opd_jax.sampling import given as given_lib
-from opd_jax.types import STOP_ID, STOP_LENGTH, PromptBatch
+from opd_jax.step import rollout_metrics
+from opd_jax.types import STOP_ID, STOP_LENGTH, PromptBatch, Rollout
 from tests import engine
 
 ROWS = engine.PROMPTS * engine.ROLLOUTS
@@ -386,3 +387,22 @@ def test_one_program_two_programs_and_eight_devices(name, options):
     (found.losses, found.statistics, found.gradients),
     (expected.losses, expected.statistics, expected.gradients),
   )
+
+
+def test_cut_rows_are_those_that_were_drawn_in():
+  """Of four rows two are stored; of the others one is cut at the limit."""
+  mask = np.zeros((4, 3), bool)
+  mask[2, 1:] = mask[3, :2] = True
+  rollout = Rollout(
+    prompts=PromptBatch(
+      tokens=np.ones((4, 1), np.int32), lengths=np.ones(4, np.int32)
+    ),
+    tokens=np.ones((4, 3), np.int32),
+    lengths=np.array([3, 2, 3, 2]),
+    sampled_mask=mask,
+    behavior_logprobs=np.zeros((4, 3), np.float32),
+    stop_reason=np.array([STOP_LENGTH, STOP_ID, STOP_LENGTH, STOP_ID]),
+  )
+  assert float(rollout_metrics(rollout)["rollout/truncated"]) == 0.5
+  stored = dataclasses.replace(rollout, sampled_mask=np.zeros_like(mask))
+  assert float(rollout_metrics(stored)["rollout/truncated"]) == 0

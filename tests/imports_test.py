@@ -75,7 +75,8 @@ ALLOWED = {
   "rewards": BASE | TEXT | {"verifiers"},
   #
   "flops": {"models"},
-  "checkpoint": CORE,
+  "manifest": {"config", "errors"},
+  "checkpoint": CORE | {"manifest"},
   "metrics": CORE | {"imports"},
   "export": CORE | {"checkpoint"},
   "meter": {"types", "flops", "metrics"},

@@ -38,7 +38,7 @@ def folder(tmp_path_factory):
   return pair.write_examples(pair.write_pair(folder))
 
 
-def _run(folder, workdir, probe, *, stop_at=None):
+def _run(folder, workdir, *probes, stop_at=None):
   """Measures at 0, every so many steps, at checkpoints (4) and at the end."""
   values = pair.sft_config_of(
     folder, steps=10, held_out={}, checkpoint={"every": 4}
@@ -55,7 +55,7 @@ def _run(folder, workdir, probe, *, stop_at=None):
 
       patch.setattr(interrupts.Interrupts, "stop", stop)
     return loop.run(
-      task, setup.examples, workdir, measurements=[probe], began=0.0
+      task, setup.examples, workdir, measurements=probes, began=0.0
     )
 
 
@@ -137,6 +137,19 @@ def test_a_measurement_that_fails_loses_no_step(folder, tmp_path):
   checkpoints.close()
   mended = _run(folder, tmp_path / "cut", Probe(3))
   assert mended.after == whole.after
+
+
+def test_what_was_measured_before_a_failure_is_heard(
+  folder, tmp_path, monkeypatch
+):
+  """The checkpoint of step 6 has heard it; a resumed run measures it never."""
+  heard = []
+  monkeypatch.setattr(
+    sft.FineTuning, "observe", lambda self, step, values: heard.append(step)
+  )
+  with pytest.raises(InputError, match="cannot bear it"):
+    _run(folder, tmp_path, Probe(3), Failing(3))
+  assert heard == [0, 0, 3, 3, 4, 4, 6]
 
 
 def test_seconds_are_of_the_whole_run(folder, tmp_path):

@@ -1,6 +1,7 @@
 """The memory of a step: exact parts against arrays that exist, all of it
 against the compiler's own account."""
 
+import collections
 import dataclasses
 import math
 
@@ -94,6 +95,35 @@ def enlarged(model, **changes):
   return dataclasses.replace(model, config=config, **changes)
 
 
+def enlarged_step(mesh, *, length, remat="none", **changes):
+  """A step of such models, and the shapes of its frozen weights."""
+  sizes, devices = MESHES[mesh]
+  step = engine.make_step(mesh=sizes, devices=devices, **changes)
+  student = enlarged(step.scorer.student, remat=remat)
+  teacher = enlarged(step.scorer.teacher)
+  step = dataclasses.replace(
+    step,
+    decoder=enlarged(step.decoder),
+    scorer=dataclasses.replace(
+      step.scorer, student=student, teacher=teacher, vocab_size=8192
+    ),
+    sampling=dataclasses.replace(step.sampling, max_new_tokens=length),
+  )
+  return step, {"teacher": teacher.abstract_params(teacher.compute_dtype)}
+
+
+def abstract_prompts(step, window):
+  layout = step.scorer.student.layout
+
+  def struct(*shape):
+    axes = ("batch",) + (None,) * (len(shape) - 1)
+    return jax.ShapeDtypeStruct(
+      shape, jnp.int32, sharding=layout.sharding(axes)
+    )
+
+  return PromptBatch(tokens=struct(PROMPTS, window), lengths=struct(PROMPTS))
+
+
 @pytest.mark.parametrize(
   ("mesh", "changes", "remat"),
   [
@@ -106,33 +136,8 @@ def enlarged(model, **changes):
 )
 def test_the_whole_is_near_the_compilers_account(mesh, changes, remat):
   """Within 20 %: XLA decides what it fuses, keeps and recomputes."""
-  sizes, devices = MESHES[mesh]
-  step = engine.make_step(mesh=sizes, devices=devices, **changes)
-  student = enlarged(step.scorer.student, remat=remat)
-  step = dataclasses.replace(
-    step,
-    decoder=enlarged(step.decoder),
-    scorer=dataclasses.replace(
-      step.scorer,
-      student=student,
-      teacher=enlarged(step.scorer.teacher),
-      vocab_size=8192,
-    ),
-    sampling=dataclasses.replace(step.sampling, max_new_tokens=96),
-  )
-  layout = student.layout
-
-  def struct(*shape):
-    axes = ("batch",) + (None,) * (len(shape) - 1)
-    return jax.ShapeDtypeStruct(
-      shape, jnp.int32, sharding=layout.sharding(axes)
-    )
-
-  inputs = StepInputs(
-    prompts=PromptBatch(tokens=struct(PROMPTS, WINDOW), lengths=struct(PROMPTS))
-  )
-  teacher = step.scorer.teacher
-  frozen = {"teacher": teacher.abstract_params(teacher.compute_dtype)}
+  step, frozen = enlarged_step(mesh, length=96, remat=remat, **changes)
+  inputs = StepInputs(prompts=abstract_prompts(step, WINDOW))
   programs = Programs(step, "fused")
   programs.compile(step.abstract_state(), frozen, inputs)
   account = programs.compiled["train"].memory_analysis()
@@ -144,6 +149,34 @@ def test_the_whole_is_near_the_compilers_account(mesh, changes, remat):
   )
   whole = account.argument_size_in_bytes + account.temp_size_in_bytes
   assert found.total == pytest.approx(whole, rel=0.2)
+
+
+@pytest.mark.parametrize(
+  ("mesh", "window", "length", "prefix"),
+  [
+    ("one device", 128, 32, "none"),
+    ("one device", 128, 32, "cosine"),
+    ("one device", WINDOW, 96, "cosine"),
+    ("eight", 64, 256, "cosine"),
+  ],
+)
+def test_a_rollout_is_near_the_compilers_account(mesh, window, length, prefix):
+  """Within 20 % of what the prompts, and prefixes, take while they are read."""
+  mixing = RolloutConfig(prefix=prefix)
+  step, frozen = enlarged_step(mesh, length=length, mixing=mixing)
+  inputs = StepInputs(
+    prompts=abstract_prompts(step, window),
+    given=None if prefix == "none" else abstract_prompts(step, length),
+  )
+  state = step.abstract_state()
+  drawing = (state.params, frozen, state.step, inputs)
+  compiled = jax.jit(step.rollout).lower(*drawing).compile()
+  sizes = collections.Counter()
+  for part in memory.estimate(step, PROMPTS, window).parts:
+    sizes[part.phase] += part.size
+  found = sizes["sampling"] + max(sizes["prefill"], sizes["decoding"])
+  account = compiled.memory_analysis()
+  assert found == pytest.approx(account.temp_size_in_bytes, rel=0.2)
 
 
 def test_a_reference_counts():

@@ -157,20 +157,26 @@ def test_two_processes_stop_together_resume_and_equal_one(
     np.testing.assert_array_equal(again[name], expected)
 
 
-@pytest.mark.slow
-def test_two_processes_make_the_same_rewards(monkeypatch, tmp_path):
-  """Each verifies all completions; the run is that of one process."""
-  folder = pair.write_pair(tmp_path)
+def rewarded(folder, verifier):
+  """The values of a config of `grpo`, which is written to the folder."""
   values = pair.config_of(
     folder,
     steps=2,
     held_out={},
     objective={"name": "grpo"},
-    reward={"verifier": "tests.rewards_test:begins"},
+    reward={"verifier": f"tests.rewards_test:{verifier}"},
   )
   values["data"]["sources"]["texts"]["answer"] = "{text}"
   (folder / "config.json").write_text(json.dumps(values))
   (folder / "config.py").write_text(CONFIG)
+  return values
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_same_rewards(monkeypatch, tmp_path):
+  """The second's verifier says otherwise; the run is that of one process."""
+  folder = pair.write_pair(tmp_path)
+  values = rewarded(folder, "begins_on_the_first")
   with monkeypatch.context() as patch:
     patch.setattr(
       setup, "make_mesh", lambda sizes: make_mesh({}, jax.devices()[:1])
@@ -196,3 +202,14 @@ def test_two_processes_make_the_same_rewards(monkeypatch, tmp_path):
   ]
   for name, expected in weights[0].items():
     np.testing.assert_allclose(weights[1][name], expected, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_fail_together_at_a_completion(tmp_path):
+  """Only the first verifies, and only it knows why; neither waits."""
+  folder = pair.write_pair(tmp_path)
+  rewarded(folder, "fails_on_the_first")
+  results = _finish(_start(folder, tmp_path / "two", "mesh.fsdp=4"))
+  assert all(result[0] == 2 for result in results), results
+  assert "raised KeyError" in results[0][2]
+  assert "failed on the first process" in results[1][2]

@@ -211,3 +211,29 @@ def test_operations_of_several_passes_and_of_a_second_decoder_are_counted():
   drawn = flops.forward(engine.TEACHER, 4 * 6, 3, 4)
   drawn += flops.forward(engine.TEACHER, 8 * 7, 6 + 3.5, 8 * 7)
   assert count(mixed=engine.TEACHER) - once == drawn
+
+
+def test_given_tokens_are_not_drawn():
+  """8 rows of 7 tokens, 5 of them given: 16 are drawn, and 56 scored."""
+  counts = {
+    "prompts": 4,
+    "rows": 8,
+    "prompt_length": 6,
+    "completion_length": 7,
+  }
+
+  def count(**options):
+    return flops.step(engine.STUDENT, (engine.TEACHER,), **counts, **options)
+
+  def drawn(context, tokens):
+    return flops.forward(engine.STUDENT, tokens, context, tokens)
+
+  # Whole rows: a row that is drawn is drawn from its prompt on.
+  less = drawn(6 + 3.5, 56) - drawn(6 + 3.5, 16)
+  np.testing.assert_allclose(count() - count(given_length=5), less)
+  # Prefixes: each row is filled with its own, and drawn behind it.
+  fill = flops.forward(engine.STUDENT, 8 * 11, 5.5, 8)
+  fill -= flops.forward(engine.STUDENT, 4 * 6, 3, 4)
+  less = drawn(6 + 3.5, 56) - drawn(11 + 1, 16) - fill
+  prefixed = count(given_length=5, prefixes=True)
+  np.testing.assert_allclose(count() - prefixed, less)

@@ -40,6 +40,19 @@ def fails(completion, answer):
   raise KeyError(answer)
 
 
+def begins_on_the_first(completion, answer):
+  """Another verifier by process, as a judge or a time limit may be."""
+  score = begins(completion, answer)
+  return score if jax.process_index() == 0 else 1 - score
+
+
+def fails_on_the_first(completion, answer):
+  """Only where completions are the model's: those tried first are these."""
+  if jax.process_index() == 0 and completion not in ("", answer):
+    raise KeyError(answer)
+  return 0.0
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
   folder = pair.write_pair(tmp_path_factory.mktemp("pair"))
@@ -181,7 +194,7 @@ def test_other_answers_are_other_prompts(folder):
   config = config_of(folder)
   tokenizer = setup_lib.prepare(config).tokenizer
 
-  def state(answer):
+  def state(answer, with_answers=True):
     source = dataclasses.replace(config.data.sources["texts"], answer=answer)
     data = dataclasses.replace(config.data, sources={"texts": source})
     return Prompts(
@@ -190,10 +203,12 @@ def test_other_answers_are_other_prompts(folder):
       seed=0,
       batch_size=2,
       vocab_size=32,
-      with_answers=answer is not None,
+      with_answers=with_answers,
     ).get_state()["prompts"]
 
   assert state("{right}") != state("{right}!")
+  # Without a verifier they are no part of the run.
+  assert state("{right}", False) == state("{right}!", False)
 
 
 def test_figures_by_hand():

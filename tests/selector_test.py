@@ -408,6 +408,26 @@ def test_metrics_are_of_all_tokens():
   _assert_close(with_it, without)
 
 
+def test_a_teacher_that_only_ranks_is_one_that_runs():
+  """Its objective reads no teacher; the step runs it, and times it."""
+  step = engine.make_step("grpo")
+  assert step.frozen_roles == ()
+  ranked = dataclasses.replace(step, selector=selector_of(name="soft_or"))
+  assert ranked.frozen_roles == ("teacher",)
+  entropy = dataclasses.replace(step, selector=selector_of(name="entropy"))
+  assert entropy.frozen_roles == ()
+  read = engine.make_step("exopd", selector=selector_of(name="soft_or"))
+  assert read.frozen_roles == ("teacher", "reference")
+  state, frozen = engine.make_state(ranked)
+  inputs = engine.make_inputs()
+
+  def score(state, frozen):
+    rollout = ranked.rollout(state.params, frozen, state.step, inputs)
+    return ranked.score(frozen, ranked.scoring_batch(rollout, inputs))
+
+  assert jax.eval_shape(score, state, frozen).keys() == {"teacher"}
+
+
 def test_operations_that_are_left_out_are_not_counted():
   """2 x 2 D V for each token whose head is not differentiated."""
   sizes = {

@@ -20,7 +20,7 @@ from opd_jax.models import hf
 from opd_jax.parsing import parse
 from opd_jax.saved import find
 from opd_jax.sharding import make_mesh
-from opd_jax.train import place_inputs
+from opd_jax.train import describe, place_inputs
 from tests import pair
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
@@ -44,6 +44,33 @@ def generate(folder, *flags, model="teacher"):
     *flags,
   ]
   assert cli.main(arguments) == 0
+
+
+@pytest.mark.parametrize(
+  ("field", "out"),
+  [
+    ("completion", "clash.parquet"),
+    ("logprobs", "clash.parquet"),
+    ("prompt_ids", "clash.parquet"),
+    ("logprob", "clash.jsonl"),
+  ],
+)
+def test_a_field_that_would_be_overwritten_is_named(
+  folder, tmp_path, capfd, field, out
+):
+  path = tmp_path / "rows.jsonl"
+  path.write_text(json.dumps({"text": "a b", field: "mine"}) + "\n")
+  arguments = [
+    "generate",
+    f"--model={folder}/teacher",
+    f"--data={path}",
+    "--prompt={text}",
+    f"--out={tmp_path / out}",
+  ]
+  assert cli.main(arguments) == 2
+  err = capfd.readouterr().err
+  assert f"line 1: field {field!r} would be overwritten" in err
+  assert not (tmp_path / out).exists()
 
 
 def config_of(folder, path="store.parquet", source=None, **changes):
@@ -276,3 +303,45 @@ def test_commands_of_the_page(folder, tmp_path, monkeypatch, capfd):
   # A run's checkpoint has no files that could be named.
   with pytest.raises(InputError, match="export it with opd-jax export"):
     find("runs/stored").fingerprint()
+
+
+@pytest.mark.parametrize(
+  ("objective", "rollout", "told"),
+  [
+    (
+      {"name": "gkd"},
+      {"stored_fraction": 0.5},
+      "stored completions: 25 % of the rows",
+    ),
+    (
+      {"name": "tropd", "top_k": 4},
+      {"prefix": "cosine"},
+      "prefixes: 50 % of the rows begin with stored tokens, at most 6 of them",
+    ),
+    (
+      {"name": "distillm"},
+      {"replay_capacity": 8},
+      "replay: 0 % of the steps draw or replay at first, of 8 completions; "
+      "the others take stored ones, which 50 % of the rows have; nothing is "
+      "drawn for these until the held-out loss has risen",
+    ),
+  ],
+)
+def test_a_run_says_what_it_expects_to_be_given(
+  folder, objective, rollout, told
+):
+  """A store in one of two sources is half of the rows."""
+  values = pair.config_of(
+    folder,
+    objective=objective,
+    rollout=rollout,
+    preflight={"allow": ("eval_rows_in_training",)},
+  )
+  values["data"]["sources"]["stored"] = {
+    "path": str(folder / "store.parquet"),
+    "prompt": {"text": "{text}"},
+    "given": True,
+  }
+  setup = setup_lib.prepare(parse(RunConfig, values))
+  step = setup_lib.make_step(setup, make_mesh({}, jax.devices()[:1]))
+  assert told in "\n".join(describe(setup, step))

@@ -11,6 +11,8 @@ from opd_jax.cli.flags import check_file, new, parse, write
 from opd_jax.errors import InputError
 
 _BATCH = 64
+# Keys of a line of --out that are never fields of the source.
+_OWN = ("completion", "stopped", "logprob")
 
 Row = Mapping[str, Any]
 
@@ -142,14 +144,15 @@ def _check(values: Any) -> None:
 def _rows(values: Any, tokenizer: Any) -> tuple[list[Any], ...]:
   """The rows of --data, their prompts, and names of these."""
   from opd_jax import templates
-  from opd_jax.data import sources
+  from opd_jax.data import sources, store
 
   (template,) = values.prompt or (None,)
   source = drawing.source(values, None, template)
   rows = sources.read(source)
   names = [sources.where(source, index) for index in range(len(rows))]
+  own = store.OWN if Path(values.out).suffix == store.SUFFIX else _OWN
   for row, name in zip(rows, names, strict=True):
-    _check_fields(row, name)
+    _check_fields(row, name, own)
   prompts = [
     templates.prompt(source.prompt, row, tokenizer, name)
     for row, name in zip(rows, names, strict=True)
@@ -157,9 +160,14 @@ def _rows(values: Any, tokenizer: Any) -> tuple[list[Any], ...]:
   return rows, prompts, [f"the prompt of {name}" for name in names]
 
 
-def _check_fields(row: Row, where: str) -> None:
-  """Raises InputError unless a row can be written as a line."""
+def _check_fields(row: Row, where: str, own: Sequence[str]) -> None:
+  """Raises InputError unless a row can be written beside a completion."""
   for field, value in row.items():
+    if field in own:
+      raise InputError(
+        f"{where}: field {field!r} would be overwritten in --out, which has "
+        f"{', '.join(own)} of its own; rename the field in the data"
+      )
     try:
       json.dumps(value, ensure_ascii=False).encode()
     except (TypeError, ValueError) as error:

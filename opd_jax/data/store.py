@@ -27,6 +27,9 @@ from opd_jax.errors import InputError
 SUFFIX = ".parquet"
 VERSION = 1
 
+# Columns that are never those of the source.
+OWN = ("prompt_ids", "completion", "completion_ids", "logprobs", "stopped")
+
 _KEY = b"opd_jax.store"
 _GROUP = 1024  # Rows that are in memory at the same time.
 

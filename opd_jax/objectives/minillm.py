@@ -33,8 +33,8 @@ weight, with PPO's clip on the product; the second part has none.
 Use it when: the effect of a token on later prefixes is to count, which `gkd`
 and `opd_k1` leave out, or the published recipe is to be repeated. Whitening and
 the division by the tokens left change what is descended, and a sum over later
-tokens is noisier than `opd_k1`. `prepare` costs one more pass of the student's
-head. Prefer `gkd` with beta = 1, which is the second part alone, otherwise.
+tokens is noisier than `opd_k1`. `prepare` costs one more pass of both heads.
+Prefer `gkd` with beta = 1, which is the second part alone, otherwise.
 
 Source: Gu et al., arXiv 2306.08543, Sec. 2.2, as its official code has it; the
 defaults are those of its script for GPT-2, which makes 4 passes over a rollout
