@@ -71,7 +71,7 @@ def test_the_sections_of_docstrings_are_those_of_the_contract():
 @pytest.mark.parametrize(
   ("name", "passes", "seen", "conditions"),
   [
-    ("gkd", {"student": 3, "teacher": 1}, "vocabulary", ["given"]),
+    ("gkd", {"student": 3, "teacher": 1}, "vocabulary", ["given", "replayed"]),
     (
       "opd_k2",
       {"student": 3, "teacher": 1},

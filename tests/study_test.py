@@ -102,6 +102,7 @@ def test_collect_weighs_records_by_their_steps():
       "rollout/tokens": 10.0,
       "optimizer/grad_norm": 2.0,
       "student/entropy": 0.123456789,
+      "teacher/kl": 0.5,
     },
     {
       "step": 6,
@@ -116,7 +117,7 @@ def test_collect_weighs_records_by_their_steps():
     "tokens": 4 * 10 + 2 * 20,
     "step_seconds": 4 * 1.0 + 2 * 2.0,
     "curve_steps": [4, 6],
-    # The teacher's KL was not logged, so there is none.
+    # The teacher's KL is not of all steps, so there is none.
     "curves": {"grad_norm": [2.0, 1.0], "entropy": [0.12346, 0.5]},
   }
 

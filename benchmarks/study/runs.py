@@ -185,9 +185,9 @@ def trained(
 def collect(records: list[dict[str, float]]) -> dict[str, Any]:
   """Curves and totals of the records of metrics.jsonl.
 
-  A record is the mean over the steps since the one before. A metric that the
-  run did not compute is left out. Tokens are those drawn, or learned from
-  where none are.
+  A record is the mean over the steps since the one before. A metric that some
+  record has not is left out. Tokens are those drawn, or learned from where none
+  are.
   """
   records = [record for record in records if "time/step" in record]
   steps = np.diff([0, *(record["step"] for record in records)])
@@ -200,7 +200,7 @@ def collect(records: list[dict[str, float]]) -> dict[str, Any]:
   curves = {
     short: [float(f"{record[metric]:.5g}") for record in records]
     for short, metric in CURVES.items()
-    if metric in records[0]
+    if all(metric in record for record in records)
   }
   return {
     "steps": int(records[-1]["step"]),

@@ -51,8 +51,9 @@ class SamplingConfig:
 
   Attributes:
     max_new_tokens: T, completion slots.
-    temperature: divides the logits; 0 means greedy. Scores of every model use
-      the same temperature (1 when greedy).
+    temperature: divides the logits; 0 means greedy, which objectives that learn
+      from drawn tokens refuse. Scores of every model use the same temperature
+      (1 when greedy).
     top_k: keep the k likeliest tokens; None for all.
     top_p: keep the smallest set of tokens with at least this mass.
     min_p: keep tokens at least this fraction of the likeliest one's mass.
