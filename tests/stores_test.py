@@ -342,6 +342,7 @@ def test_a_run_says_what_it_expects_to_be_given(
     "prompt": {"text": "{text}"},
     "given": True,
   }
+  values["data"]["max_prompt_tokens"] = 32
   setup = setup_lib.prepare(parse(RunConfig, values))
   step = setup_lib.make_step(setup, make_mesh({}, jax.devices()[:1]))
   assert told in "\n".join(describe(setup, step))
