@@ -15,55 +15,15 @@ import jax
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
+from opd_jax import blueprint, parsing, setup, sft
 from opd_jax import config as config_lib
-from opd_jax import objectives, parsing, setup, sft
 from opd_jax.errors import InputError
-from opd_jax.models import ModelConfig, hf
+from opd_jax.models import published
 from opd_jax.sharding import MESH_AXES
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 CONFIGS = sorted(path.name for path in (REPO / "configs").glob("*.py"))
 DEVICES = 8
-
-QWEN3 = {
-  "model_type": "qwen3",
-  "attention_bias": False,
-  "head_dim": 128,
-  "hidden_act": "silu",
-  "max_position_embeddings": 40960,
-  "num_key_value_heads": 8,
-  "rms_norm_eps": 1e-6,
-  "rope_scaling": None,
-  "rope_theta": 1000000,
-  "sliding_window": None,
-  "use_sliding_window": False,
-  "vocab_size": 151936,
-}
-# The published config.json of models that are not at hand.
-PUBLISHED = {
-  "Qwen/Qwen3-1.7B": {
-    **QWEN3,
-    "hidden_size": 2048,
-    "intermediate_size": 6144,
-    "num_attention_heads": 16,
-    "num_hidden_layers": 28,
-    "tie_word_embeddings": True,
-  },
-  "Qwen/Qwen3-8B": {
-    **QWEN3,
-    "hidden_size": 4096,
-    "intermediate_size": 12288,
-    "num_attention_heads": 32,
-    "num_hidden_layers": 36,
-    "tie_word_embeddings": False,
-  },
-}
-
-
-def architecture(path):
-  if path in PUBLISHED:
-    return ModelConfig.from_hf(PUBLISHED[path])
-  return hf.read_config(path)
 
 
 def abstract_mesh(config):
@@ -90,7 +50,7 @@ def is_sft(name):
 @pytest.mark.parametrize("name", [name for name in CONFIGS if is_sft(name)])
 def test_sft_config_parses_and_its_mesh_divides_its_model(name):
   config = parsing.load(config_lib.SftConfig, str(REPO / "configs" / name))
-  student = architecture(config.student.path)
+  student = published.architecture(config.student.path)
   assert config.batch.row_tokens <= student.max_positions
   # Only what `make_step` reads; the rest needs files.
   parts = types.SimpleNamespace(
@@ -105,22 +65,7 @@ def test_config_parses_and_its_mesh_divides_its_models(name, shared_data):
   local = "/shared/data" in path.read_text()
   location = f"{path}:{shared_data}" if local else str(path)
   config = parsing.load(config_lib.RunConfig, location)
-  student = architecture(config.student.path)
-  teacher = architecture(config.teacher.path)
-  window = config.data.max_prompt_tokens + config.sampling.max_new_tokens
-  assert window <= min(student.max_positions, teacher.max_positions)
-  # Only what `make_step` reads; the rest needs files.
-  parts = types.SimpleNamespace(
-    config=config,
-    student=student,
-    teacher=teacher,
-    domain_teachers=(),
-    routes=(0,),
-    reference=None,
-    vocab_size=min(student.vocab_size, teacher.vocab_size),
-    stop_ids=(),
-    objective=objectives.create(config.objective),
-  )
+  parts = blueprint.of_config(config, published.architecture)
   step = setup.make_step(parts, abstract_mesh(config.mesh))
   for role in ("student", "teacher"):
     model = step.scorer.model(role)
