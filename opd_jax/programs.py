@@ -36,6 +36,7 @@ class Programs:
   """A step as "fused" (one program) or "split" (two).
 
   Attributes:
+    names: of the programs of a step, in order.
     compile_seconds: spent compiling so far.
     compiled: programs compiled so far, by name.
   """
@@ -46,6 +47,7 @@ class Programs:
     self._mode = mode
     # Metrics and drawn tokens are small, and every host reads them.
     self._everywhere = step.scorer.student.layout.replicated()
+    self.names = ("train",) if mode == "fused" else ("rollout", "update")
     self.compile_seconds = 0.0
     self.compiled: dict[str, Any] = {}
 
