@@ -29,7 +29,7 @@ from opd_jax.objectives.base import Objective
 from opd_jax.programs import compiled
 from opd_jax.scoring import Scorer
 from opd_jax.setup import measurements, read_held_out
-from opd_jax.sharding import TRAIN_RULES, Layout, make_mesh
+from opd_jax.sharding import Layout, layouts, make_mesh
 from opd_jax.summary import Summary
 from opd_jax.tokenizer import Tokenizer
 from opd_jax.types import (
@@ -160,8 +160,8 @@ def make_step(setup: SftSetup, mesh: Mesh | None = None) -> SftStep:
   """
   config = setup.config
   if mesh is None:
-    mesh = make_mesh(dataclasses.asdict(config.mesh))
-  layout = Layout.create(mesh, TRAIN_RULES)
+    mesh = make_mesh(config.mesh.sizes)
+  layout, _ = layouts(mesh, config.mesh)
   rows = config.batch.rows // config.batch.micro_batches
   shards = layout.shards("batch")
   if rows % shards:
