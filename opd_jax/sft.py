@@ -15,7 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from opd_jax import evaluate, flops, loop, optim, preflight, tokenizer
+from opd_jax import (
+  evaluate,
+  flops,
+  loop,
+  optim,
+  preflight,
+  processes,
+  tokenizer,
+)
 from opd_jax.config import SamplingConfig, SftConfig
 from opd_jax.data import sources
 from opd_jax.data.packing import PackedBatch, PackedExamples
@@ -105,7 +113,7 @@ def prepare(config: SftConfig) -> SftSetup:
     examples=examples,
     held_out=read_held_out(config.held_out, student, tokens),
     problems=evaluate.of_run(config.eval, SamplingConfig(), tokens, student),
-    report=preflight.inspect_rows(config),
+    report=processes.from_first(lambda: preflight.inspect_rows(config)),
   )
 
 
