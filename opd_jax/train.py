@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from opd_jax import flops, loop, preflight
+from opd_jax import flops, loop, preflight, processes
 from opd_jax import setup as setup_lib
 from opd_jax.config import ModelSource, RunConfig
 from opd_jax.data.prompts import Batch, Tokens
@@ -53,7 +53,7 @@ def train(config: RunConfig, workdir: str | Path) -> Summary:
   began = time.monotonic()
   setup = setup_lib.prepare(config)
   step = setup_lib.make_step(setup)
-  report = preflight.inspect(setup, step)
+  report = processes.from_first(lambda: preflight.inspect(setup, step))
   report.enforce()
   return loop.run(
     Distillation(setup, step, report),
