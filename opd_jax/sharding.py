@@ -23,6 +23,7 @@ Axes = tuple[str | None, ...]
 
 TRAIN_RULES: Mapping[str, str | tuple[str, ...] | None] = {
   "batch": ("replica", "fsdp", "expert"),
+  "sequence": "context",
   "layers": None,
   "vocab": "tensor",
   "embed": "fsdp",
@@ -37,6 +38,8 @@ DECODE_RULES = {**TRAIN_RULES, "embed": None}
 
 # Fewer key/value heads than tensor shards is usual (GQA): replicate them then.
 _REPLICATED_IF_UNEVEN = ("kv_heads",)
+# What a model may get too few of; see `Layout.fitting`.
+_IF_DIVISIBLE = ("batch", "sequence")
 
 
 def make_mesh(
@@ -114,6 +117,13 @@ class Layout:
           f"of mesh axes {rules[name]}; choose mesh sizes that divide it"
         )
     return PartitionSpec(*entries)
+
+  def fitting(self, axes: Axes, shape: Sequence[int]) -> Axes:
+    """Logical names, None for rows and slots that the mesh does not divide."""
+    return tuple(
+      None if name in _IF_DIVISIBLE and size % self.shards(name) else name
+      for name, size in zip(axes, shape, strict=True)
+    )
 
   def sharding(
     self, axes: Axes, shape: Sequence[int] | None = None
