@@ -241,7 +241,7 @@ class MeshConfig:
     replica: data parallel, may span slices.
     fsdp: data parallel with weights and optimizer state spread over it.
     tensor: heads, feed-forward and vocabulary spread over it.
-    context: for the sequence; must be 1, nothing is spread over it yet.
+    context: slots of the rows spread over it, and of the cache.
     expert: data parallel, and the experts of a mixture spread over it.
   """
 
@@ -261,9 +261,4 @@ class MeshConfig:
     free = [name for name, size in sizes.items() if size == -1]
     require(
       len(free) <= 1, f"only one mesh axis may be -1, got {', '.join(free)}"
-    )
-    require(
-      self.context == 1,
-      "mesh.context must be 1: nothing is spread over it yet, got "
-      f"{self.context}; use fsdp and tensor",
     )

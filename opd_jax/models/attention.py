@@ -128,6 +128,12 @@ class Blocks:
     ).astype(np.int32)
 
 
+def scored(slots: int, layout: Layout) -> int:
+  """Pairs of a query and a key, of a row and a head, that are scored at once."""
+  blocks = Blocks.of(slots, layout)
+  return slots**2 if blocks is None else blocks.size**2
+
+
 def _swap_runs(x: jax.Array, *, axis: int, shards: int, over: Any) -> jax.Array:
   """Runs (c, 2C - 1 - c) of shard c become (2c, 2c + 1).
 
