@@ -305,18 +305,29 @@ class Model:
       tokens, positions = blocks.deal(tokens, 0), blocks.deal(positions, -1)
       if segments is not None:
         segments = blocks.deal(segments, -1)
-      view_of = self._views(positions, None)
+      view_of = self._views(blocks.split(positions), None)
+    layout = self.layout.replace("sequence", None)
+    alone = dataclasses.replace(self, layout=layout)
 
     def step(x, scanned):
       weights, local = scanned
       block = self._part({transformer.STACKED: weights}, transformer.STACKED)
       view = view_of(local)
-      query, (keys, values) = block.attention.project(
-        block.attention_norm(x), view.cosine, view.sine
-      )
+
+      def project(x, cosine, sine):
+        return block.attention.project(block.attention_norm(x), cosine, sine)
+
+      def finish(x, mixed):
+        return alone._rows(block.finish(x, mixed, alone.layout))
+
       if blocks is None:
+        query, (keys, values) = project(x, view.cosine, view.sine)
         mixed = block.attention.mix(query, keys, values, view.visible)
+        x = finish(x, mixed)
       else:
+        project = blocks.by_shard(project, self.layout)
+        query, (keys, values) = project(x, view.cosine, view.sine)
+        keys, values = blocks.merge(keys, 2), blocks.merge(values, 2)
         mix = attention.BlockAttention(
           blocks=blocks,
           layout=self.layout,
@@ -326,18 +337,21 @@ class Model:
           cap=block.attention.cap,
         )
         places = attention.Places(positions, segments, local)
-        mixed = mix(query, keys, values, places)
-      x = block.finish(x, mixed, self.layout)
-      return self._rows(x), (keys, values) if keep_cache else None
+        mixed = mix(blocks.merge(query), keys, values, places)
+        x = blocks.by_shard(finish, self.layout)(x, blocks.split(mixed))
+      return x, (keys, values) if keep_cache else None
 
     if self.remat != "none":
       policy = _REMAT_POLICIES[self.remat]
       step = jax.checkpoint(step, policy=policy, prevent_cse=False)
     x = self._embed(params, tokens)
+    if blocks is not None:
+      x = blocks.split(x)
     local = jnp.asarray(self.config.is_local)
     x, kept = jax.lax.scan(step, x, (params[transformer.STACKED], local))
     if blocks is None:
       return x, kept
+    x = blocks.merge(x)
     x = blocks.collect(x, ("batch", "sequence", None), self.layout)
     return x, jax.tree.map(
       lambda leaf: blocks.collect(leaf, CACHE_AXES, self.layout), kept

@@ -104,6 +104,30 @@ class Blocks:
       )(x)
     return jax.lax.slice_in_dim(x, 0, self.slots, axis=axis)
 
+  def split(self, x: jax.Array, axis: int = 1) -> jax.Array:
+    """[..., places, ...] -> [shards, ..., places / shards, ...]."""
+    if self.shards == 1:
+      return x
+    shape = (*x.shape[:axis], self.shards, -1, *x.shape[axis + 1 :])
+    return jnp.moveaxis(x.reshape(shape), axis, 0)
+
+  def merge(self, x: jax.Array, axis: int = 1) -> jax.Array:
+    """The inverse of `split`."""
+    if self.shards == 1:
+      return x
+    x = jnp.moveaxis(x, 0, axis)
+    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+
+  def by_shard(self, function: Callable, layout: Layout) -> Callable:
+    """A function of rows, of what `split` made of them.
+
+    Rows and slots cannot be flattened into one dimension, as a matrix product
+    does, where both are spread. Inside, those of one shard can.
+    """
+    if self.shards == 1:
+      return function
+    return jax.vmap(function, spmd_axis_name=layout.mesh_axes("sequence"))
+
   def pairs(self, window: int | None) -> Int[np.ndarray, "shards pairs 2"]:
     """What each shard visits: a query's block of its own, and a key's place.
 
