@@ -1,4 +1,4 @@
-"""Floating-point operations of a step, and what a device could do at most.
+"""Floating-point operations of a step.
 
 A product of [n, k] and [k, m] counts 2 n k m; a backward pass counts twice its
 forward. What is computed again, by rematerialisation or in the pass before an
@@ -6,29 +6,6 @@ update, is not counted, so that the utilisation (MFU) is about useful work.
 """
 
 from opd_jax.models import ModelConfig
-
-# Dense bfloat16 operations per second and device, from the makers' data sheets;
-# a run that computes in float32 is measured against them too.
-_PEAK = {
-  "TPU v4": 275e12,
-  "TPU v5 lite": 197e12,
-  "TPU v5e": 197e12,
-  "TPU v5p": 459e12,
-  "TPU v5": 459e12,
-  "TPU v6 lite": 918e12,
-  "TPU v6e": 918e12,
-  "NVIDIA A100": 312e12,
-  "NVIDIA H100": 989e12,
-  "NVIDIA H200": 989e12,
-}
-
-
-def peak(device_kind: str) -> float | None:
-  """Peak operations per second of a device; None for one not in the table."""
-  for name, rate in _PEAK.items():
-    if device_kind.startswith(name):
-      return rate
-  return None
 
 
 def forward(

@@ -190,7 +190,8 @@ class Scorer:
       states = states[:, first : first + batch.tokens.shape[1]]
       return jnp.where(batch.loss_mask[:, :, None], states, 0)
 
-    return self._each(role, of_model, params)
+    with jax.named_scope(role):
+      return self._each(role, of_model, params)
 
   def head(self, role: str, params: Weights) -> Weights:
     """The weights of a role's vocabulary head, gathered for a loop over T.

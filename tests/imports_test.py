@@ -44,7 +44,15 @@ MEASURES = {
   "evaluate",
   "rewards",
 }
-TOOLS = {"flops", "checkpoint", "metrics", "export", "meter", "summary"}
+TOOLS = {
+  "chips",
+  "flops",
+  "checkpoint",
+  "metrics",
+  "export",
+  "meter",
+  "summary",
+}
 RUN = CORE | MEASURES | TOOLS | {"task", "interrupts", "loop"}
 
 # module: what of opd_jax it may import.
@@ -83,12 +91,13 @@ ALLOWED = {
   "evaluate": PARTS | {"verifiers", "estimates", "generate"},
   "rewards": BASE | TEXT | {"verifiers"},
   #
+  "chips": set(),
   "flops": {"models"},
   "manifest": {"config", "errors"},
   "checkpoint": CORE | {"manifest"},
   "metrics": CORE | {"imports"},
   "export": CORE | {"checkpoint"},
-  "meter": {"types", "flops", "metrics"},
+  "meter": {"types", "chips", "metrics"},
   "summary": set(),
   #
   "task": {"config", "types", "models", "update", "meter"},
@@ -98,6 +107,7 @@ ALLOWED = {
   "setup": CORE | MEASURES | {"task", "compatibility"},
   "memory": CORE,
   "preflight": CORE | {"setup", "memory"},
+  "plan": CORE | {"chips", "flops", "memory"},
   "train": RUN | {"setup", "preflight"},
   "sft": RUN | {"setup", "preflight"},
   "saved": RUN | {"sft"},
