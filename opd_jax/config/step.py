@@ -245,7 +245,7 @@ class MeshConfig:
       multiple of them, by fsdp otherwise.
     fsdp: data parallel with weights and optimizer state spread over it.
     tensor: heads, feed-forward and vocabulary spread over it.
-    context: for the sequence; must be 1, nothing is spread over it yet.
+    context: slots of the rows spread over it, and of the cache.
     expert: data parallel, and the experts of a mixture spread over it.
     train_rules: by name of a dimension, the mesh axes that it is spread over in
       training, in place of the default: `{"vocab": ["tensor", "fsdp"],
@@ -284,11 +284,6 @@ class MeshConfig:
     free = [name for name, size in sizes.items() if size == -1]
     require(
       len(free) <= 1, f"only one mesh axis may be -1, got {', '.join(free)}"
-    )
-    require(
-      self.context == 1,
-      "mesh.context must be 1: nothing is spread over it yet, got "
-      f"{self.context}; use fsdp and tensor",
     )
     for key in ("train_rules", "decode_rules"):
       for name, axes in getattr(self, key).items():

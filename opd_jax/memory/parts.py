@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from opd_jax.models import Model, ModelConfig
+from opd_jax.models.attention import Blocks, scored
 from opd_jax.sharding import Layout
 from opd_jax.step import Step
 
@@ -94,6 +95,24 @@ def share(rows: int, layout: Layout) -> int:
   """Rows on one device; too few to spread are on all of them."""
   shards = layout.shards("batch")
   return rows if rows % shards else rows // shards
+
+
+def slots_of(slots: int, layout: Layout) -> int:
+  """Slots of a row on one device."""
+  return math.ceil(slots / layout.shards("sequence"))
+
+
+def attended(model: Model, rows: int, slots: int) -> int:
+  """Bytes of the scores of attention, of rows on one device.
+
+  In blocks, with the queries and the float32 sums of what they mix.
+  """
+  config = local(model.config, model.layout.shards("heads"))
+  size = 2 * scored(slots, model.layout) * 4
+  if Blocks.of(slots, model.layout) is not None:
+    held = slots_of(slots, model.layout) * config.head_size
+    size += held * (4 + itemsize(model))
+  return rows * config.num_heads * size
 
 
 def columns(model: Model) -> int:

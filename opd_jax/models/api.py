@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from opd_jax.models import layers, rope, transformer
+from opd_jax.models import attention, layers, rope, transformer
 from opd_jax.models.cache import CACHE_AXES, KVCache
 from opd_jax.models.config import ModelConfig
 from opd_jax.sharding import Axes, Layout
@@ -25,9 +25,12 @@ _REMAT_POLICIES = {
 
 
 class _View(NamedTuple):
-  """What a layer knows of places: who sees whom, and the rotations."""
+  """What a layer knows of places: who sees whom, and the rotations.
 
-  visible: Bool[Array, "B T S"]
+  `visible` is None where attention runs in blocks, which find it themselves.
+  """
+
+  visible: Bool[Array, "B T S"] | None
   cosine: Float[Array, "B T 1 H2"]
   sine: Float[Array, "B T 1 H2"]
 
@@ -141,11 +144,7 @@ class Model:
       segments: which of several texts in its row a slot belongs to; None for
         one text a row.
     """
-    same = None
-    if segments is not None:
-      same = segments[:, :, None] == segments[:, None, :]
-    view = self._views(positions, positions, same)
-    x, _ = self._forward(params, tokens, view, keep_cache=False)
+    x, _ = self._forward(params, tokens, positions, segments)
     return self._rows(self._part(params, "final_norm")(x))
 
   def logits(
@@ -170,8 +169,9 @@ class Model:
     return self._rows(jnp.where(real, scores, MASKED_LOGPROB), "vocab")
 
   def init_cache(self, batch: int, slots: int) -> KVCache:
-    """An empty cache."""
+    """An empty cache; of more slots where the mesh would not divide them."""
     config = self.config
+    slots += -slots % self.layout.shards("sequence")
     shape = (
       config.num_layers,
       batch,
@@ -201,15 +201,17 @@ class Model:
       tokens: `sequences.right_align`ed ids, so that slot P - 1 holds the last
         id of every prompt.
       positions: of the ids; -1 in the empty slots before them.
-      slots: S >= P, of the cache.
+      slots: S >= P, of the cache; it has more where the mesh would not divide
+        them, which stay empty.
 
     Returns:
       The hidden state of slot P - 1 behind the final norm, and the cache with
       its first P slots written.
     """
-    view = self._views(positions, positions)
-    x, (keys, values) = self._forward(params, tokens, view, keep_cache=True)
-    free = slots - tokens.shape[1]
+    x, (keys, values) = self._forward(
+      params, tokens, positions, keep_cache=True
+    )
+    free = slots - tokens.shape[1] + -slots % self.layout.shards("sequence")
     padding = ((0, 0), (0, 0), (0, 0), (0, free), (0, 0))
     cache = KVCache(
       keys=jnp.pad(keys, padding),
@@ -288,40 +290,84 @@ class Model:
     self,
     params: Params,
     tokens: Int[Array, "B S"],
-    view_of: Callable[[Bool[Array, ""]], _View],
-    keep_cache: bool,
+    positions: Int[Array, "B S"],
+    segments: Int[Array, "B S"] | None = None,
+    keep_cache: bool = False,
   ) -> tuple[Float[Array, "B S D"], Any]:
     """Hidden states before the final norm, and all layers' keys and values."""
+    blocks = attention.Blocks.of(tokens.shape[1], self.layout)
+    if blocks is None:
+      same = None
+      if segments is not None:
+        same = segments[:, :, None] == segments[:, None, :]
+      view_of = self._views(positions, positions, same)
+    else:
+      tokens, positions = blocks.deal(tokens, 0), blocks.deal(positions, -1)
+      if segments is not None:
+        segments = blocks.deal(segments, -1)
+      view_of = self._views(blocks.split(positions), None)
+    layout = self.layout.in_shard("sequence")
+    alone = dataclasses.replace(self, layout=layout)
 
     def step(x, scanned):
       weights, local = scanned
       block = self._part({transformer.STACKED: weights}, transformer.STACKED)
       view = view_of(local)
-      query, (keys, values) = block.attention.project(
-        block.attention_norm(x), view.cosine, view.sine
-      )
-      mixed = block.attention.mix(query, keys, values, view.visible)
-      x = block.finish(x, mixed, self.layout)
-      return self._rows(x), (keys, values) if keep_cache else None
+
+      def project(x, cosine, sine):
+        return block.attention.project(block.attention_norm(x), cosine, sine)
+
+      def finish(x, mixed):
+        return alone._rows(block.finish(x, mixed, alone.layout))
+
+      if blocks is None:
+        query, (keys, values) = project(x, view.cosine, view.sine)
+        mixed = block.attention.mix(query, keys, values, view.visible)
+        x = finish(x, mixed)
+      else:
+        project = blocks.by_shard(project, self.layout)
+        query, (keys, values) = project(x, view.cosine, view.sine)
+        keys, values = blocks.merge(keys, 2), blocks.merge(values, 2)
+        mix = attention.BlockAttention(
+          blocks=blocks,
+          layout=self.layout,
+          window=self.config.window,
+          kinds=frozenset(self.config.local_layers),
+          scalar=block.attention.scalar,
+          cap=block.attention.cap,
+        )
+        places = attention.Places(positions, segments, local)
+        mixed = mix(blocks.merge(query), keys, values, places)
+        x = blocks.by_shard(finish, self.layout)(x, blocks.split(mixed))
+      return x, (keys, values) if keep_cache else None
 
     if self.remat != "none":
       policy = _REMAT_POLICIES[self.remat]
       step = jax.checkpoint(step, policy=policy, prevent_cse=False)
     x = self._embed(params, tokens)
+    if blocks is not None:
+      x = blocks.split(x)
     local = jnp.asarray(self.config.is_local)
-    return jax.lax.scan(step, x, (params[transformer.STACKED], local))
+    x, kept = jax.lax.scan(step, x, (params[transformer.STACKED], local))
+    if blocks is None:
+      return x, kept
+    x = blocks.merge(x)
+    x = blocks.collect(x, ("batch", "sequence", None), self.layout)
+    return x, jax.tree.map(
+      lambda leaf: blocks.collect(leaf, CACHE_AXES, self.layout), kept
+    )
 
   def _views(
     self,
     queries: Int[Array, "B T"],
-    keys: Int[Array, "B S"],
+    keys: Int[Array, "B S"] | None,
     same: Bool[Array, "B T S"] | None = None,
   ) -> Callable[[Bool[Array, ""]], _View]:
     """Views by kind of layer; both kinds are made once, for all layers.
 
     Args:
       queries: positions.
-      keys: positions.
+      keys: positions; None where nobody asks who sees whom.
       same: whether query and key are of the same text; None if all are.
 
     Returns:
@@ -330,7 +376,10 @@ class Model:
     config = self.config
 
     def view(local: bool) -> _View:
-      visible = _visible(queries, keys, config.window if local else None)
+      visible = None
+      if keys is not None:
+        window = config.window if local else None
+        visible = layers.visible(queries, keys, window)
       if same is not None:
         visible &= same
       turns = config.local_rope if local else None
@@ -368,7 +417,7 @@ class Model:
 
   def _rows(self, x: jax.Array, last: str | None = None) -> jax.Array:
     """Places an array by its rows, and by its last dimension's name."""
-    axes = ("batch", *(None,) * (x.ndim - 2))[: x.ndim - 1]
+    axes = ("batch", "sequence", *(None,) * x.ndim)[: x.ndim - 1]
     return self._place(x, (*axes, last))
 
   def _place_cache(self, cache: KVCache) -> KVCache:
@@ -379,19 +428,5 @@ class Model:
     )
 
   def _place(self, x: jax.Array, axes: Axes) -> jax.Array:
-    """Pins an array to its place; rows too few to spread are replicated."""
-    shards = self.layout.shards("batch")
-    fitting = tuple(
-      None if name == "batch" and size % shards else name
-      for name, size in zip(axes, x.shape, strict=True)
-    )
-    return self.layout.constrain(x, fitting)
-
-
-def _visible(
-  queries: Int[Array, "B T"], keys: Int[Array, "B S"], window: int | None
-) -> Bool[Array, "B T S"]:
-  """Which slots a query may see; see `Model`."""
-  queries, keys = queries[:, :, None], keys[:, None, :]
-  visible = (keys >= 0) & (keys <= queries)
-  return visible if window is None else visible & (keys > queries - window)
+    """Pins an array to its place; what is too small is replicated."""
+    return self.layout.constrain(x, self.layout.fitting(axes, x.shape))

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from opd_jax.models import rope
 from opd_jax.models.config import ModelConfig
@@ -127,6 +127,15 @@ class Embedding(nnx.Module):
 def soft_cap(scores: Float[Array, "..."], cap: float) -> Float[Array, "..."]:
   """The scores bent into (-cap, cap): cap * tanh(scores / cap)."""
   return jnp.tanh(scores / cap) * cap
+
+
+def visible(
+  queries: Int[Array, "B T"], keys: Int[Array, "B S"], window: int | None
+) -> Bool[Array, "B T S"]:
+  """Which slots a query may see, by positions; see `Model`."""
+  queries, keys = queries[:, :, None], keys[:, None, :]
+  seen = (keys >= 0) & (keys <= queries)
+  return seen if window is None else seen & (keys > queries - window)
 
 
 def attend(
