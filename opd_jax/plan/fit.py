@@ -58,7 +58,7 @@ def count(
       divides neither the batch nor a model.
   """
   blueprint = blueprint_lib.of_config(config, read)
-  mesh = abstract_mesh(dataclasses.asdict(config.mesh), where.devices)
+  mesh = abstract_mesh(config.mesh.sizes, where.devices)
   step = setup.make_step(blueprint, mesh)
   found = memory.estimate(
     step,
@@ -87,5 +87,5 @@ def compile_for(blueprint: Blueprint, where: Topology) -> Compiled:
       divides neither the batch nor a model.
   """
   devices = topology.devices(where)
-  mesh = make_mesh(dataclasses.asdict(blueprint.config.mesh), devices)
+  mesh = make_mesh(blueprint.config.mesh.sizes, devices)
   return compiling.compile_step(blueprint, mesh)
