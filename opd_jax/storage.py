@@ -56,6 +56,22 @@ def file_system(path: str | AnyPath) -> tuple[Any, str]:
     ) from error
 
 
+def require_folder(folder: AnyPath) -> None:
+  """Raises `InputError` unless a folder in a bucket is there and readable."""
+  try:
+    found = folder.is_dir()
+  except OSError as error:
+    raise InputError(
+      f"{folder} cannot be read: {error}; is this machine allowed to? Try: "
+      f"gcloud storage ls {folder}"
+    ) from error
+  if not found:
+    raise InputError(
+      f"{folder} is no folder of a bucket; look with: gcloud storage ls "
+      f"{folder}"
+    )
+
+
 def read_range(path: str | AnyPath, start: int, stop: int) -> bytes:
   """Bytes [start, stop) of a file in a bucket, and no others."""
   system, name = file_system(path)
