@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from opd_jax.errors import InputError
 from opd_jax.models import layers, quantize, rope, transformer
 from opd_jax.models.cache import CACHE_AXES, KVCache
 from opd_jax.models.config import ModelConfig
@@ -17,6 +19,8 @@ from opd_jax.sharding import Axes, Layout
 from opd_jax.types import MASKED_LOGPROB, Params
 
 _HEAD = "lm_head"
+# The kind of memory of a host from which a device can read by itself.
+HOST_MEMORY = "pinned_host"
 
 _REMAT_POLICIES = {
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -51,6 +55,8 @@ class Model:
       "full" all of it, "dots" all but the products with weights.
     weight_dtype: "int8" for kernels of the layers as `quantize` holds them, of
       a model that is not trained; None for floats.
+    offload: the layers lie in the hosts' memory, of a model that is not
+      trained; inside a loop over them each is brought to the device.
   """
 
   config: ModelConfig
@@ -58,6 +64,7 @@ class Model:
   compute_dtype: str = "float32"
   remat: str = "none"
   weight_dtype: str | None = None
+  offload: bool = False
 
   def logical_axes(self) -> Params:
     """A tuple of logical axis names per weight."""
@@ -70,10 +77,16 @@ class Model:
       dtype: of all weights but int8 kernels and their scales.
 
     Raises:
-      InputError: the mesh does not divide a dimension.
+      InputError: the mesh does not divide a dimension, or its devices cannot
+        read what is offloaded.
     """
     shapes = transformer.shapes(self.config, self._int8)
     shardings = self.layout.tree_shardings(self.logical_axes(), shapes)
+    if self.offload:
+      shardings[transformer.STACKED] = jax.tree.map(
+        _on_host,
+        shardings[transformer.STACKED],
+      )
     return jax.tree.map_with_path(
       lambda path, leaf, sharding: jax.ShapeDtypeStruct(
         leaf.shape,
@@ -373,7 +386,10 @@ class Model:
     return self.layout.constrain(table, ("vocab", None))
 
   def _part(self, params: Params, name: str) -> Any:
-    return transformer.part(self.config, params, name, self._int8)
+    weights = params[name]
+    if self.offload and name == transformer.STACKED:
+      weights = jax.device_put(weights, jax.memory.Space.Device)
+    return transformer.part(self.config, {name: weights}, name, self._int8)
 
   @property
   def _int8(self) -> bool:
@@ -399,6 +415,16 @@ class Model:
       for name, size in zip(axes, x.shape, strict=True)
     )
     return self.layout.constrain(x, fitting)
+
+
+def _on_host(place: NamedSharding) -> NamedSharding:
+  try:
+    return place.with_memory_kind(HOST_MEMORY)
+  except ValueError as error:
+    raise InputError(
+      f"offload = True, but the devices here cannot read the host's memory: "
+      f"{error}; set it to False"
+    ) from error
 
 
 def _keeps(path: Any, leaf: Array) -> bool:

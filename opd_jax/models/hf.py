@@ -372,9 +372,7 @@ def read_output_rows(
   )
 
 
-def _require_tied(
-  sources: Mapping[str, Stored], config: ModelConfig
-) -> None:
+def _require_tied(sources: Mapping[str, Stored], config: ModelConfig) -> None:
   rows = 8192
   for start in range(0, config.vocab_size, rows):
     block = slice(start, min(start + rows, config.vocab_size))

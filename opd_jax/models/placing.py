@@ -30,9 +30,7 @@ Index = tuple[slice, ...]
 Read = Callable[[int, Index], np.ndarray]
 
 
-def place(
-  read: Read, target: jax.ShapeDtypeStruct, stacked: int
-) -> jax.Array:
+def place(read: Read, target: jax.ShapeDtypeStruct, stacked: int) -> jax.Array:
   """A parameter of floats.
 
   Args:

@@ -13,7 +13,6 @@ large model. Nor are routers, whose choice is a threshold, norms and biases.
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int8
@@ -62,9 +61,7 @@ def hold(module: nnx.Module, inputs: tuple[int, ...]) -> None:
   kernel = getattr(module, KERNEL)
   axes = kernel.get_metadata()["axes"]
   values, scale = quantize(kernel[...], inputs)
-  outputs = tuple(
-    name for dim, name in enumerate(axes) if dim not in inputs
-  )
+  outputs = tuple(name for dim, name in enumerate(axes) if dim not in inputs)
   setattr(module, KERNEL, nnx.Param(values, axes=axes))
   setattr(module, SCALE, nnx.Param(scale, axes=outputs))
 
