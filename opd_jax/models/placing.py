@@ -2,14 +2,14 @@
 
 The tensors of a parameter, one per layer (and expert), are read in groups of
 layers into the host's memory and put on the devices; there, the groups are
-written into the parameter one after the other. So a host holds no more than a
-group, whatever the size of the parameter, and reads every tensor once for all
-of its devices.
+written into the parameter one after the other. So a host holds no more than two
+groups, whatever the size of the parameter: the one that is read, and the one
+before it as long as it is on its way.
 """
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -42,8 +42,8 @@ def place(read: Read, target: jax.ShapeDtypeStruct, stacked: int) -> jax.Array:
     return _group(read, target, target.dtype, stacked, 0, target.shape[0])
   whole = _empty(target)
   for start, group in _groups(read, target, target.dtype, stacked):
-    whole = _write(whole, group, start, target.sharding)
-    jax.block_until_ready(whole)
+    whole = jax.block_until_ready(_write(whole, group, start, target.sharding))
+    del group  # Before the next one is read.
   return whole
 
 
@@ -70,12 +70,13 @@ def place_quantized(
       whole, group, start, (target.sharding, scale.sharding), contracted
     )
     jax.block_until_ready(whole)
+    del group
   return whole
 
 
 def _groups(
   read: Read, target: jax.ShapeDtypeStruct, dtype: Any, stacked: int
-) -> Any:
+) -> Iterator[tuple[int, jax.Array]]:
   """Parts of a parameter along its first axis, and where they begin."""
   count = _layers_per_group(target, dtype, stacked)
   for start in range(0, target.shape[0], count):
