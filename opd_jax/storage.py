@@ -3,8 +3,10 @@
 Paths in a bucket are `epath.Path`s, which are used like `pathlib.Path`s.
 """
 
+import atexit
 import functools
 import re
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -92,13 +94,14 @@ def local_copy(folder: AnyPath) -> Path:
   """
   if not is_remote(folder):
     return Path(folder)
-  return Path(_copy(str(folder)).name)
+  return _copy(str(folder))
 
 
 @functools.cache
-def _copy(folder: str) -> tempfile.TemporaryDirectory:
-  target = tempfile.TemporaryDirectory(prefix="opd-jax-")
-  _copy_files(epath.Path(folder), Path(target.name))
+def _copy(folder: str) -> Path:
+  target = Path(tempfile.mkdtemp(prefix="opd-jax-"))
+  atexit.register(shutil.rmtree, target, ignore_errors=True)
+  _copy_files(epath.Path(folder), target)
   return target
 
 

@@ -1,4 +1,4 @@
-"""Int8 kernels: their error, what runs on them, where they lie, what they cost."""
+"""Int8 kernels: their error, what they compute, where they lie."""
 
 import dataclasses
 import functools
