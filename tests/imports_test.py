@@ -23,6 +23,7 @@ BASE = {
   "sharding",
   "sequences",
   "processes",
+  "storage",
 }
 TEXT = {"tokenizer", "templates", "arith", "data"}
 PARTS = BASE | {"models", "sampling", "objectives"} | TEXT
@@ -66,6 +67,7 @@ ALLOWED = {
   "sharding": {"errors", "types", "config"},
   "sequences": {"errors", "types", "config"},
   "processes": {"errors"},
+  "storage": {"errors"},
   #
   "models": BASE,
   "sampling": BASE,

@@ -13,13 +13,37 @@ class ModelSource:
   """A Hugging Face checkpoint.
 
   Attributes:
-    path: a local folder, or `org/name` or `org/name@revision` in the Hub cache.
+    path: a local folder, `gs://bucket/folder`, or `org/name` or
+      `org/name@revision` in the Hub cache.
     compute_dtype: of activations, and of the weights while they are used. A
       frozen model is held in it; a trained one has float32 master weights.
   """
 
   path: str
   compute_dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FrozenModelSource(ModelSource):
+  """A Hugging Face checkpoint that stays as it is.
+
+  Attributes:
+    weight_dtype: "int8" holds the kernels of the layers as int8 with a scale
+      per output channel, quantized as they are read; activations keep the
+      compute dtype. None holds all weights in that.
+    offload: the layers lie in the memory of the hosts, and each comes to the
+      devices when it runs.
+  """
+
+  weight_dtype: Literal["int8"] | None = None
+  offload: bool = False
+
+  def __post_init__(self):
+    require(
+      not (self.offload and self.weight_dtype == "int8"),
+      f'{self.path}: offload = True with weight_dtype = "int8" would bring all '
+      "layers to the device at once; leave out one of the two",
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

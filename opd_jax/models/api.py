@@ -8,15 +8,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from opd_jax.models import attention, layers, rope, transformer
+from opd_jax.errors import InputError
+from opd_jax.models import attention, layers, quantize, rope, transformer
 from opd_jax.models.cache import CACHE_AXES, KVCache
 from opd_jax.models.config import ModelConfig
 from opd_jax.sharding import Axes, Layout
 from opd_jax.types import MASKED_LOGPROB, Params
 
 _HEAD = "lm_head"
+# The kind of memory of a host from which a device can read by itself.
+HOST_MEMORY = "pinned_host"
 
 _REMAT_POLICIES = {
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -52,28 +56,45 @@ class Model:
       they are used; norms, rotations, softmax and logits are float32 in both.
     remat: what the backward pass recomputes of each block: "none" nothing,
       "full" all of it, "dots" all but the products with weights.
+    weight_dtype: "int8" for kernels of the layers as `quantize` holds them, of
+      a model that is not trained; None for floats.
+    offload: the layers lie in the hosts' memory, of a model that is not
+      trained; inside a loop over them each is brought to the device.
   """
 
   config: ModelConfig
   layout: Layout
   compute_dtype: str = "float32"
   remat: str = "none"
+  weight_dtype: str | None = None
+  offload: bool = False
 
   def logical_axes(self) -> Params:
     """A tuple of logical axis names per weight."""
-    return transformer.axes(self.config)
+    return transformer.axes(self.config, self._int8)
 
   def abstract_params(self, dtype: str = "float32") -> Params:
     """A `ShapeDtypeStruct` with its sharding per weight.
 
+    Args:
+      dtype: of all weights but int8 kernels and their scales.
+
     Raises:
-      InputError: the mesh does not divide a dimension.
+      InputError: the mesh does not divide a dimension, or its devices cannot
+        read what is offloaded.
     """
-    shapes = transformer.shapes(self.config)
+    shapes = transformer.shapes(self.config, self._int8)
     shardings = self.layout.tree_shardings(self.logical_axes(), shapes)
-    return jax.tree.map(
-      lambda leaf, sharding: jax.ShapeDtypeStruct(
-        leaf.shape, dtype, sharding=sharding
+    if self.offload:
+      shardings[transformer.STACKED] = jax.tree.map(
+        _on_host,
+        shardings[transformer.STACKED],
+      )
+    return jax.tree.map_with_path(
+      lambda path, leaf, sharding: jax.ShapeDtypeStruct(
+        leaf.shape,
+        leaf.dtype if quantize.decides_dtype(path, leaf) else dtype,
+        sharding=sharding,
       ),
       shapes,
       shardings,
@@ -85,8 +106,10 @@ class Model:
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
     def make(key: PRNGKeyArray) -> Params:
-      params = transformer.init(self.config, key)
-      return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+      params = transformer.init(self.config, key, self._int8)
+      return jax.tree.map(
+        lambda leaf, like: leaf.astype(like.dtype), params, abstract
+      )
 
     return jax.jit(make, out_shardings=shardings)(key)
 
@@ -94,13 +117,12 @@ class Model:
     """Weights in the compute dtype and in this layout; for use inside jit.
 
     Scales of norms keep their dtype: they are applied in float32, and rounding
-    them would only add to the mismatch between decoding and scoring.
+    them would only add to the mismatch between decoding and scoring. So do int8
+    kernels and their scales.
     """
 
     def cast(path: Any, leaf: Array) -> Array:
-      if path[-1].key == "scale":
-        return leaf
-      return leaf.astype(self.compute_dtype)
+      return leaf if _keeps(path, leaf) else leaf.astype(self.compute_dtype)
 
     places = self.layout.tree_shardings(self.logical_axes(), params)
     copy = jax.tree_util.tree_map_with_path(cast, params)
@@ -111,7 +133,7 @@ class Model:
     places = self.layout.tree_shardings(self.logical_axes(), params)
     found = jax.tree_util.tree_map_with_path(
       lambda path, leaf, place: (
-        (path[-1].key == "scale" or leaf.dtype == self.compute_dtype)
+        (_keeps(path, leaf) or leaf.dtype == self.compute_dtype)
         and leaf.sharding.is_equivalent_to(place, leaf.ndim)
       ),
       params,
@@ -413,7 +435,14 @@ class Model:
     return self.layout.constrain(table, ("vocab", None))
 
   def _part(self, params: Params, name: str) -> Any:
-    return transformer.part(self.config, params, name)
+    weights = params[name]
+    if self.offload and name == transformer.STACKED:
+      weights = jax.device_put(weights, jax.memory.Space.Device)
+    return transformer.part(self.config, {name: weights}, name, self._int8)
+
+  @property
+  def _int8(self) -> bool:
+    return self.weight_dtype == "int8"
 
   def _rows(self, x: jax.Array, last: str | None = None) -> jax.Array:
     """Places an array by its rows, and by its last dimension's name."""
@@ -430,3 +459,18 @@ class Model:
   def _place(self, x: jax.Array, axes: Axes) -> jax.Array:
     """Pins an array to its place; what is too small is replicated."""
     return self.layout.constrain(x, self.layout.fitting(axes, x.shape))
+
+
+def _on_host(place: NamedSharding) -> NamedSharding:
+  try:
+    return place.with_memory_kind(HOST_MEMORY)
+  except ValueError as error:
+    raise InputError(
+      f"offload = True, but the devices here cannot read the host's memory: "
+      f"{error}; set it to False"
+    ) from error
+
+
+def _keeps(path: Any, leaf: Array) -> bool:
+  """Whether a weight has the same dtype in a working copy."""
+  return path[-1].key == "scale" or quantize.decides_dtype(path, leaf)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from opd_jax.models import rope
+from opd_jax.models import quantize, rope
 from opd_jax.models.config import ModelConfig
 from opd_jax.sharding import Axes
 
@@ -91,6 +91,7 @@ class Linear(nnx.Module):
     self.bias = (
       nnx.Param(jnp.zeros(outputs), axes=axes[len(inputs) :]) if bias else None
     )
+    self.kernel_scale = nnx.data(None)  # Of an int8 kernel, see `quantize`.
     dims = "abcd"[: len(inputs) + len(outputs)]
     contracted, free = dims[: len(inputs)], dims[len(inputs) :]
     self.equation = f"n{contracted},{dims}->n{free}"
@@ -102,6 +103,8 @@ class Linear(nnx.Module):
     lead = x.shape[: x.ndim - self.inputs]
     flat = x.reshape(-1, *x.shape[x.ndim - self.inputs :])
     y = product(self.equation, flat, self.kernel[...].astype(x.dtype))
+    if self.kernel_scale is not None:
+      y = quantize.rescale(y, self.kernel_scale[...])
     y = y.reshape(*lead, *y.shape[1:])
     if self.bias is None:
       return y
