@@ -20,6 +20,7 @@ from opd_jax import (
   tokenizer,
 )
 from opd_jax import held_out as held_out_lib
+from opd_jax import student as student_lib
 from opd_jax.config import HeldOutConfig, ModelSource, RunConfig, SftConfig
 from opd_jax.data import store
 from opd_jax.data.prompts import Prompts
@@ -342,9 +343,7 @@ def make_step(setup: Setup, mesh: Mesh | None = None) -> Step:
   train = Layout.create(mesh, TRAIN_RULES)
   decode = Layout.create(mesh, DECODE_RULES)
   compatibility.check_batch(config, train.shards("batch"))
-  student = Model(
-    setup.student, train, config.student.compute_dtype, config.student.remat
-  )
+  student = student_lib.make(config.student, setup.student, train)
   teacher = Model(setup.teacher, train, config.teacher.compute_dtype)
   others = {
     other.role: Model(other.model, train, other.source.compute_dtype)
@@ -377,7 +376,7 @@ def make_step(setup: Setup, mesh: Mesh | None = None) -> Step:
   if config.selection is not None:
     selector = Selector(config=config.selection, vocab_size=setup.vocab_size)
   return Step(
-    decoder=Model(setup.student, decode, config.student.compute_dtype),
+    decoder=dataclasses.replace(student, layout=decode, remat="none"),
     teacher_decoder=teacher_decoder,
     scorer=scorer,
     objective=setup.objective,

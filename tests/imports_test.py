@@ -37,7 +37,7 @@ MEASURES = {
   "rewards",
 }
 TOOLS = {"flops", "checkpoint", "metrics", "export", "meter", "summary"}
-RUN = CORE | MEASURES | TOOLS | {"task", "interrupts", "loop"}
+RUN = CORE | MEASURES | TOOLS | {"student", "task", "interrupts", "loop"}
 
 # module: what of opd_jax it may import.
 ALLOWED = {
@@ -69,6 +69,7 @@ ALLOWED = {
   #
   "verifiers": {"errors"},
   "estimates": set(),
+  "student": PARTS,
   "held_out": CORE,
   "generate": PARTS,
   "evaluate": PARTS | {"verifiers", "estimates", "generate"},
@@ -86,7 +87,7 @@ ALLOWED = {
   "interrupts": {"types"},
   "loop": CORE | TOOLS | {"task", "interrupts"},
   "compatibility": PARTS | {"selector"},
-  "setup": CORE | MEASURES | {"task", "compatibility"},
+  "setup": CORE | MEASURES | {"task", "compatibility", "student"},
   "memory": CORE,
   "preflight": CORE | {"setup", "memory"},
   "train": RUN | {"setup", "preflight"},

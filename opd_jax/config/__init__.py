@@ -27,6 +27,7 @@ from opd_jax.config.run import (
 from opd_jax.config.selection import SelectionConfig
 from opd_jax.config.step import (
   BatchConfig,
+  LoraConfig,
   MeshConfig,
   ModelSource,
   OptimizerConfig,
@@ -43,6 +44,7 @@ __all__ = [
   "EvalConfig",
   "HeldOutConfig",
   "LogConfig",
+  "LoraConfig",
   "MeshConfig",
   "ModelSource",
   "OptimizerConfig",

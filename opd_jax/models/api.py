@@ -11,8 +11,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from opd_jax.models import layers, rope, transformer
+from opd_jax.models import lora as lora_lib
 from opd_jax.models.cache import CACHE_AXES, KVCache
 from opd_jax.models.config import ModelConfig
+from opd_jax.models.lora import Lora
 from opd_jax.sharding import Axes, Layout
 from opd_jax.types import MASKED_LOGPROB, Params
 
@@ -49,31 +51,46 @@ class Model:
       they are used; norms, rotations, softmax and logits are float32 in both.
     remat: what the backward pass recomputes of each block: "none" nothing,
       "full" all of it, "dots" all but the products with weights.
+    lora: the adapters that weights may have; those without are the base, or
+      merged. None if there are never any.
   """
 
   config: ModelConfig
   layout: Layout
   compute_dtype: str = "float32"
   remat: str = "none"
+  lora: Lora | None = None
 
   def logical_axes(self) -> Params:
-    """A tuple of logical axis names per weight."""
+    """A tuple of logical axis names per weight, without adapters."""
     return transformer.axes(self.config)
 
   def abstract_params(self, dtype: str = "float32") -> Params:
-    """A `ShapeDtypeStruct` with its sharding per weight.
+    """A `ShapeDtypeStruct` with its sharding per weight, without adapters.
 
     Raises:
       InputError: the mesh does not divide a dimension.
     """
     shapes = transformer.shapes(self.config)
-    shardings = self.layout.tree_shardings(self.logical_axes(), shapes)
+    return self._abstract(shapes, self.logical_axes(), dtype)
+
+  def abstract_trained(self) -> Params:
+    """The same of what is trained: float32 weights, or adapters alone."""
+    if self.lora is None:
+      return self.abstract_params()
+    shapes, axes = (
+      lora_lib.only(describe(self.config, self.lora))
+      for describe in (transformer.shapes, transformer.axes)
+    )
+    return self._abstract(shapes, axes, "float32")
+
+  def _abstract(self, shapes: Params, axes: Params, dtype: str) -> Params:
     return jax.tree.map(
       lambda leaf, sharding: jax.ShapeDtypeStruct(
         leaf.shape, dtype, sharding=sharding
       ),
       shapes,
-      shardings,
+      self.layout.tree_shardings(axes, shapes),
     )
 
   def init(self, key: PRNGKeyArray, dtype: str = "float32") -> Params:
@@ -87,12 +104,23 @@ class Model:
 
     return jax.jit(make, out_shardings=shardings)(key)
 
+  def init_adapters(self, key: PRNGKeyArray) -> Params:
+    """Adapters that add nothing yet; see `lora`."""
+    abstract = self.abstract_trained()
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    start = functools.partial(lora_lib.init, abstract)
+    return jax.jit(start, out_shardings=shardings)(key)
+
   def working_copy(self, params: Params) -> Params:
     """Weights in the compute dtype and in this layout; for use inside jit.
 
     Scales of norms keep their dtype: they are applied in float32, and rounding
-    them would only add to the mismatch between decoding and scoring.
+    them would only add to the mismatch between decoding and scoring. Adapters
+    are merged.
     """
+    lora = self._lora_of(params)
+    if lora is not None:
+      params = lora_lib.merge(params, lora, self.compute_dtype)
 
     def cast(path: Any, leaf: Array) -> Array:
       if path[-1].key == "scale":
@@ -105,6 +133,8 @@ class Model:
 
   def is_working_copy(self, params: Params) -> bool:
     """Whether `working_copy` would change neither dtype nor place."""
+    if self._lora_of(params) is not None:
+      return False
     places = self.layout.tree_shardings(self.logical_axes(), params)
     found = jax.tree_util.tree_map_with_path(
       lambda path, leaf, place: (
@@ -364,7 +394,12 @@ class Model:
     return self.layout.constrain(table, ("vocab", None))
 
   def _part(self, params: Params, name: str) -> Any:
-    return transformer.part(self.config, params, name)
+    lora = self._lora_of(params[name])
+    return transformer.part(self.config, params, name, lora)
+
+  def _lora_of(self, params: Params) -> Lora | None:
+    """The adapters that these weights have."""
+    return self.lora if self.lora and lora_lib.only(params) else None
 
   def _rows(self, x: jax.Array, last: str | None = None) -> jax.Array:
     """Places an array by its rows, and by its last dimension's name."""

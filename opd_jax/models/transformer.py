@@ -13,30 +13,38 @@ import jax
 from flax import nnx
 
 from opd_jax.models import block, layers
+from opd_jax.models import lora as lora_lib
 from opd_jax.models.config import ModelConfig
+from opd_jax.models.lora import Lora
 from opd_jax.types import Params
 
 STACKED = "layers"
 
 
 def _builders(
-  config: ModelConfig,
+  config: ModelConfig, lora: Lora | None = None
 ) -> Mapping[str, Callable[[nnx.Rngs], nnx.Module]]:
   builders: dict[str, Callable[[nnx.Rngs], nnx.Module]] = {
     "embed": lambda rngs: layers.Embedding(config, rngs),
     STACKED: lambda rngs: block.Block(config, rngs),
     "final_norm": lambda rngs: layers.RMSNorm(config, config.hidden_size),
   }
+  if lora is not None:
+    builders[STACKED] = lambda rngs: lora_lib.attach(
+      block.Block(config, rngs), lora
+    )
   if not config.tie_embeddings:
     builders["lm_head"] = lambda rngs: layers.Embedding(config, rngs)
   return builders
 
 
 @functools.cache
-def _abstract(config: ModelConfig) -> dict[str, tuple[Any, Any]]:
+def _abstract(
+  config: ModelConfig, lora: Lora | None = None
+) -> dict[str, tuple[Any, Any]]:
   """Structure and abstract weights of each part."""
   parts = {}
-  for name, build in _builders(config).items():
+  for name, build in _builders(config, lora).items():
     module = nnx.eval_shape(
       lambda build=build: build(nnx.Rngs(params=jax.random.key(0)))
     )
@@ -44,14 +52,23 @@ def _abstract(config: ModelConfig) -> dict[str, tuple[Any, Any]]:
   return parts
 
 
-def part(config: ModelConfig, params: Params, name: str) -> Any:
-  """The module of one part with its weights (one layer's for "layers")."""
-  structure, _ = _abstract(config)[name]
+def part(
+  config: ModelConfig, params: Params, name: str, lora: Lora | None = None
+) -> Any:
+  """The module of one part with its weights (one layer's for "layers").
+
+  Args:
+    config: of the model.
+    params: weights; with adapters, if `lora` is given.
+    name: of the part.
+    lora: which adapters these are.
+  """
+  structure, _ = _abstract(config, lora)[name]
   return nnx.merge(structure, params[name])
 
 
-def shapes(config: ModelConfig) -> Params:
-  """A float32 `ShapeDtypeStruct` per weight."""
+def shapes(config: ModelConfig, lora: Lora | None = None) -> Params:
+  """A float32 `ShapeDtypeStruct` per weight, adapters of `lora` included."""
   return {
     name: jax.tree.map(
       lambda leaf, name=name: jax.ShapeDtypeStruct(
@@ -60,12 +77,12 @@ def shapes(config: ModelConfig) -> Params:
       ),
       nnx.to_pure_dict(state),
     )
-    for name, (_, state) in _abstract(config).items()
+    for name, (_, state) in _abstract(config, lora).items()
   }
 
 
-def axes(config: ModelConfig) -> Params:
-  """A tuple of logical axis names per weight."""
+def axes(config: ModelConfig, lora: Lora | None = None) -> Params:
+  """A tuple of logical axis names per weight, as `shapes`."""
   return {
     name: nnx.to_pure_dict(
       jax.tree.map(
@@ -78,7 +95,7 @@ def axes(config: ModelConfig) -> Params:
         is_leaf=lambda node: isinstance(node, nnx.Variable),
       )
     )
-    for name, (_, state) in _abstract(config).items()
+    for name, (_, state) in _abstract(config, lora).items()
   }
 
 
