@@ -249,6 +249,7 @@ class FineTuning:
       f"({hf.parameter_count(self._setup.student):,} parameters), from "
       f"{start[config.student.init]}"
     )
+    yield from student_lib.describe(self.student)
     yield (
       f"examples {', '.join(config.data.sources)}: {report.kept} of "
       f"{report.rows} rows, {report.mean_length:.1f} tokens on average, the "
@@ -372,6 +373,7 @@ class FineTuning:
       tokens=record["packing/tokens"],
       context=record["packing/context_mean"],
       learned=record["packing/learned"],
+      adapters=self.student.lora is not None,
     )
     return Work(tokens=record["packing/tokens"], operations=operations)
 

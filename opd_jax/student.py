@@ -1,5 +1,8 @@
 """The student of a run: its model, and the weights that it starts with."""
 
+import math
+from collections.abc import Iterator
+
 import jax
 
 from opd_jax.config import TrainedModelSource
@@ -43,3 +46,15 @@ def load_base(source: TrainedModelSource, model: Model) -> Params | None:
   if model.lora is None:
     return None
   return hf.load(source.path, model, source.compute_dtype)
+
+
+def describe(model: Model) -> Iterator[str]:
+  """What of the student is trained, in a line; nothing where all of it is."""
+  if model.lora is None:
+    return
+  leaves = jax.tree.leaves(model.abstract_trained())
+  count = sum(math.prod(leaf.shape) for leaf in leaves)
+  yield (
+    f"adapters of rank {model.lora.rank} on {', '.join(model.lora.targets)}: "
+    f"{count:,} trained parameters"
+  )

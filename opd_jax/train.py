@@ -214,6 +214,7 @@ class Distillation:
       start=self._step.scores_start,
       kept=kept,
       frozen_kept=1.0 if ranked else kept,
+      adapters=self.student.lora is not None,
     )
     return Work(tokens=record["rollout/tokens"], operations=operations)
 
@@ -261,6 +262,7 @@ def describe(setup: Setup, step: Step) -> Iterator[str]:
     f"parameters), teacher {config.teacher.path} "
     f"({hf.parameter_count(setup.teacher):,})"
   )
+  yield from student.describe(step.scorer.student)
   for other in setup.domain_teachers:
     yield (
       f"{other.role}: {other.source.path} ({hf.parameter_count(other.model):,})"

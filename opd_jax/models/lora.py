@@ -84,6 +84,11 @@ class Lora:
     """What an adapter adds is multiplied by this."""
     return self.alpha / self.rank
 
+  @property
+  def kernels(self) -> frozenset[str]:
+    """Dotted paths of the weights that adapters change."""
+    return frozenset(f"layers.{TARGETS[name]}.kernel" for name in self.targets)
+
 
 class Adapter(nnx.Module):
   """scale * (x A) B, of the inputs and outputs of a product."""

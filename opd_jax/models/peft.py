@@ -14,7 +14,7 @@ from opd_jax.errors import InputError
 from opd_jax.models import hf
 from opd_jax.models.api import Model
 from opd_jax.models.config import ModelConfig
-from opd_jax.models.lora import TARGETS, Lora
+from opd_jax.models.lora import Lora
 from opd_jax.types import Params
 
 CONFIG_FILE = "adapter_config.json"
@@ -44,9 +44,8 @@ _SUPPORTED: Mapping[str, tuple[Any, ...]] = {
 
 def tensors(config: ModelConfig, lora: Lora) -> Iterator[hf.Tensor]:
   """Every tensor of the file: of each product A, [r, inputs], and B."""
-  kernels = {f"layers.{TARGETS[name]}.kernel" for name in lora.targets}
   for kernel in hf.tensors(config):
-    if kernel.parameter not in kernels:
+    if kernel.parameter not in lora.kernels:
       continue
     outputs, inputs = kernel.shape
     name = f"base_model.model.{kernel.name.removesuffix('.weight')}"
