@@ -168,8 +168,7 @@ class Scorer:
     """The scorer of one shard's rows, under a map over the shards."""
 
     def inside(model: Model) -> Model:
-      layout = model.layout.replace("batch", None)
-      return dataclasses.replace(model, layout=layout)
+      return dataclasses.replace(model, layout=model.layout.in_shard())
 
     return dataclasses.replace(
       self,

@@ -34,7 +34,7 @@ from opd_jax.replay import Buffer
 from opd_jax.rewards import Rewards
 from opd_jax.scoring import Scorer
 from opd_jax.selector import Selector
-from opd_jax.sharding import DECODE_RULES, TRAIN_RULES, Layout, make_mesh
+from opd_jax.sharding import layouts, make_mesh
 from opd_jax.step import Step
 from opd_jax.task import Measurement
 from opd_jax.tokenizer import Difference, Tokenizer
@@ -325,7 +325,7 @@ def measurements(
   if held_out is not None:
     found.append(HeldOutLoss(held_out, student, config.held_out.every))
   if problems is not None:
-    decode = Layout.create(student.layout.mesh, DECODE_RULES)
+    _, decode = layouts(student.layout.mesh, config.mesh)
     decoder = dataclasses.replace(student, layout=decode, remat="none")
     found.append(Accuracy(problems, decoder))
   return found
@@ -339,10 +339,10 @@ def make_step(setup: Setup, mesh: Mesh | None = None) -> Step:
   """
   config = setup.config
   if mesh is None:
-    mesh = make_mesh(dataclasses.asdict(config.mesh))
-  train = Layout.create(mesh, TRAIN_RULES)
-  decode = Layout.create(mesh, DECODE_RULES)
-  compatibility.check_batch(config, train.shards("batch"))
+    mesh = make_mesh(config.mesh.sizes)
+  train, decode = layouts(mesh, config.mesh)
+  for layout in (train, decode):
+    compatibility.check_batch(config, layout.shards("batch"))
   student = student_lib.make(config.student, setup.student, train)
   teacher = Model(setup.teacher, train, config.teacher.compute_dtype)
   others = {

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opd_jax import flops, loop, preflight, student
+from opd_jax import flops, loop, preflight, processes, student
 from opd_jax import setup as setup_lib
 from opd_jax.config import ModelSource, RunConfig
 from opd_jax.data.prompts import Batch, Tokens
@@ -54,7 +54,7 @@ def train(config: RunConfig, workdir: str | Path) -> Summary:
   began = time.monotonic()
   setup = setup_lib.prepare(config)
   step = setup_lib.make_step(setup)
-  report = preflight.inspect(setup, step)
+  report = processes.from_first(lambda: preflight.inspect(setup, step))
   report.enforce()
   return loop.run(
     Distillation(setup, step, report),

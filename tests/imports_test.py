@@ -15,7 +15,15 @@ import pytest
 PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "opd_jax"
 
 # Each layer may use those above it. Name a group only to shorten the table.
-BASE = {"errors", "types", "config", "parsing", "sharding", "sequences"}
+BASE = {
+  "errors",
+  "types",
+  "config",
+  "parsing",
+  "sharding",
+  "sequences",
+  "processes",
+}
 TEXT = {"tokenizer", "templates", "arith", "data"}
 PARTS = BASE | {"models", "sampling", "objectives"} | TEXT
 CORE = PARTS | {
@@ -49,6 +57,7 @@ ALLOWED = {
   "parsing": {"errors", "config"},
   "sharding": {"errors", "types", "config"},
   "sequences": {"errors", "types", "config"},
+  "processes": {"errors"},
   #
   "models": BASE,
   "sampling": BASE,

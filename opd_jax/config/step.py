@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Literal
 
 from opd_jax.config.checks import require
@@ -283,14 +284,21 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-  """Sizes of the mesh axes; -1 on one of them takes the remaining devices.
+  """Sizes of the mesh axes, and what is spread over them.
+
+  A size of -1, on one axis, takes the remaining devices.
 
   Attributes:
-    replica: data parallel, may span slices.
+    replica: data parallel. Several slices are spanned by it as far as it is a
+      multiple of them, by fsdp otherwise.
     fsdp: data parallel with weights and optimizer state spread over it.
     tensor: heads, feed-forward and vocabulary spread over it.
     context: for the sequence; must be 1, nothing is spread over it yet.
     expert: data parallel, and the experts of a mixture spread over it.
+    train_rules: by name of a dimension, the mesh axes that it is spread over in
+      training, in place of the default: `{"vocab": ["tensor", "fsdp"],
+      "embed": []}`. Names and defaults are in `docs/design.md`.
+    decode_rules: the same while tokens are drawn.
   """
 
   replica: int = 1
@@ -298,9 +306,24 @@ class MeshConfig:
   tensor: int = 1
   context: int = 1
   expert: int = 1
+  train_rules: Mapping[str, tuple[str, ...]] = dataclasses.field(
+    default_factory=dict
+  )
+  decode_rules: Mapping[str, tuple[str, ...]] = dataclasses.field(
+    default_factory=dict
+  )
+
+  @property
+  def sizes(self) -> dict[str, int]:
+    """The sizes by axis."""
+    return {
+      field.name: getattr(self, field.name)
+      for field in dataclasses.fields(self)
+      if not field.name.endswith("_rules")
+    }
 
   def __post_init__(self):
-    sizes = dataclasses.asdict(self)
+    sizes = self.sizes
     for name, size in sizes.items():
       require(
         size >= 1 or size == -1,
@@ -315,3 +338,13 @@ class MeshConfig:
       "mesh.context must be 1: nothing is spread over it yet, got "
       f"{self.context}; use fsdp and tensor",
     )
+    for key in ("train_rules", "decode_rules"):
+      for name, axes in getattr(self, key).items():
+        require(
+          isinstance(axes, list | tuple)
+          and all(axis in sizes for axis in axes)
+          and len(set(axes)) == len(axes),
+          f"mesh.{key}.{name} must list mesh axes, each of "
+          f"{', '.join(sizes)} at most once, got {axes!r}; [] spreads it over "
+          "none",
+        )

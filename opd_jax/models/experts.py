@@ -88,14 +88,15 @@ class Experts(nnx.Module):
     )
     spread = len(x) % layout.shards("batch") == 0
     rows = PartitionSpec(apart if spread else None)
-    wide = layout.spec(("experts", None, "ffw"), gate.shape)
-    places = (wide, wide, layout.spec(("experts", "ffw", None), down.shape))
+    inner = layout.computing()
+    wide = inner.spec(("experts", None, "ffw"), gate.shape)
+    places = (wide, wide, inner.spec(("experts", "ffw", None), down.shape))
 
     def local(x: Any, weights: Any, chosen: Any, kernels: Kernels) -> Any:
       count = kernels[0].shape[0]
       first = jax.lax.axis_index(over) * count
       mixed = mix(x, weights, chosen - first, kernels, self.activation)
-      return jax.lax.psum(mixed, over + layout.mesh_axes("ffw"))
+      return jax.lax.psum(mixed, over + inner.mesh_axes("ffw"))
 
     return jax.shard_map(
       local,
