@@ -20,6 +20,7 @@ from opd_jax import (
   tokenizer,
 )
 from opd_jax import held_out as held_out_lib
+from opd_jax import student as student_lib
 from opd_jax.config import (
   FrozenModelSource,
   HeldOutConfig,
@@ -347,9 +348,7 @@ def make_step(setup: Setup, mesh: Mesh | None = None) -> Step:
   train, decode = layouts(mesh, config.mesh)
   for layout in (train, decode):
     compatibility.check_batch(config, layout.shards("batch"))
-  student = Model(
-    setup.student, train, config.student.compute_dtype, config.student.remat
-  )
+  student = student_lib.make(config.student, setup.student, train)
   teacher = _frozen(setup.teacher, train, config.teacher)
   others = {
     other.role: _frozen(other.model, train, other.source)
@@ -382,7 +381,7 @@ def make_step(setup: Setup, mesh: Mesh | None = None) -> Step:
   if config.selection is not None:
     selector = Selector(config=config.selection, vocab_size=setup.vocab_size)
   return Step(
-    decoder=Model(setup.student, decode, config.student.compute_dtype),
+    decoder=dataclasses.replace(student, layout=decode, remat="none"),
     teacher_decoder=teacher_decoder,
     scorer=scorer,
     objective=setup.objective,

@@ -54,7 +54,7 @@ TOOLS = {
   "meter",
   "summary",
 }
-RUN = CORE | MEASURES | TOOLS | {"task", "interrupts", "loop"}
+RUN = CORE | MEASURES | TOOLS | {"student", "task", "interrupts", "loop"}
 
 # module: what of opd_jax it may import.
 ALLOWED = {
@@ -88,6 +88,7 @@ ALLOWED = {
   #
   "verifiers": {"errors"},
   "estimates": set(),
+  "student": PARTS,
   "held_out": CORE,
   "generate": PARTS,
   "evaluate": PARTS | {"verifiers", "estimates", "generate"},
@@ -106,7 +107,7 @@ ALLOWED = {
   "interrupts": {"types"},
   "loop": CORE | TOOLS | {"task", "interrupts"},
   "compatibility": PARTS | {"selector"},
-  "setup": CORE | MEASURES | {"task", "compatibility"},
+  "setup": CORE | MEASURES | {"task", "compatibility", "student"},
   "memory": CORE,
   "preflight": CORE | {"setup", "memory"},
   "plan": CORE | {"chips", "flops", "memory"},
