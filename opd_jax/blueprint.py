@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from opd_jax import compatibility, objectives
-from opd_jax.config import ModelSource, RunConfig
+from opd_jax.config import FrozenModelSource, RunConfig
 from opd_jax.models import ModelConfig
 from opd_jax.objectives.base import Objective
 from opd_jax.scoring import Scorer, Weights
@@ -31,7 +31,7 @@ class DomainModel:
   """
 
   role: str
-  source: ModelSource
+  source: FrozenModelSource
   model: ModelConfig
 
 
@@ -108,8 +108,13 @@ def abstract_frozen(scorer: Scorer) -> dict[str, Weights]:
     ]
     return tuple(found) if len(found) > 1 else found[0]
 
-  roles = ("teacher",) if scorer.reference is None else ("teacher", "reference")
-  return {role: shapes(role) for role in roles}
+  frozen = {"teacher": shapes("teacher")}
+  if scorer.reference is not None:
+    frozen["reference"] = shapes("reference")
+  student = scorer.student
+  if student.lora is not None:
+    frozen["base"] = student.abstract_params(student.compute_dtype)
+  return frozen
 
 
 def of_config(
@@ -176,7 +181,7 @@ def mode_of(
 
 def route(
   config: RunConfig,
-) -> tuple[dict[str, ModelSource], tuple[int, ...]]:
+) -> tuple[dict[str, FrozenModelSource], tuple[int, ...]]:
   """The teachers beside `teacher` by role, and whose the rows of a source are.
 
   A teacher that several sources name is one. An index counts `teacher` as 0.

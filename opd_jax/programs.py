@@ -27,9 +27,15 @@ def shape_of(tree: Any) -> Any:
   )
 
 
-def compiled(function: Callable, arguments: Any, **options: Any) -> Any:
+def compiled(
+  function: Callable,
+  arguments: Any,
+  compiler_options: dict[str, bool | str] | None = None,
+  **options: Any,
+) -> Any:
   """A function compiled for arguments of these shapes and places, no other."""
-  return jax.jit(function, **options).lower(*shape_of(arguments)).compile()
+  lowered = jax.jit(function, **options).lower(*shape_of(arguments))
+  return lowered.compile(compiler_options)
 
 
 class Programs:
@@ -41,8 +47,14 @@ class Programs:
     compiled: programs compiled so far, by name.
   """
 
-  def __init__(self, step: Step, mode: Literal["fused", "split"]):
+  def __init__(
+    self,
+    step: Step,
+    mode: Literal["fused", "split"],
+    compiler_options: dict[str, bool | str] | None = None,
+  ):
     """Compiles nothing yet; see `compile`."""
+    self._compiler_options = compiler_options
     self._step = step
     self._mode = mode
     # Metrics and drawn tokens are small, and every host reads them.
@@ -166,7 +178,9 @@ class Programs:
     if name in self.compiled:
       return
     start = time.monotonic()
-    self.compiled[name] = compiled(function, arguments, **options)
+    self.compiled[name] = compiled(
+      function, arguments, self._compiler_options, **options
+    )
     self.compile_seconds += time.monotonic() - start
 
 

@@ -23,6 +23,7 @@ BASE = {
   "sharding",
   "sequences",
   "processes",
+  "storage",
 }
 TEXT = {"tokenizer", "templates", "arith", "data"}
 PARTS = BASE | {"models", "sampling", "objectives"} | TEXT
@@ -53,7 +54,7 @@ TOOLS = {
   "meter",
   "summary",
 }
-RUN = CORE | MEASURES | TOOLS | {"task", "interrupts", "loop"}
+RUN = CORE | MEASURES | TOOLS | {"student", "task", "interrupts", "loop"}
 
 # module: what of opd_jax it may import.
 ALLOWED = {
@@ -66,6 +67,7 @@ ALLOWED = {
   "sharding": {"errors", "types", "config"},
   "sequences": {"errors", "types", "config"},
   "processes": {"errors"},
+  "storage": {"errors"},
   #
   "models": BASE,
   "sampling": BASE,
@@ -86,6 +88,7 @@ ALLOWED = {
   #
   "verifiers": {"errors"},
   "estimates": set(),
+  "student": PARTS,
   "held_out": CORE,
   "generate": PARTS,
   "evaluate": PARTS | {"verifiers", "estimates", "generate"},
@@ -105,7 +108,7 @@ ALLOWED = {
   "loop": CORE | TOOLS | {"task", "interrupts"},
   "compatibility": PARTS | {"selector"},
   "blueprint": CORE | {"compatibility"},
-  "setup": CORE | MEASURES | {"task", "compatibility", "blueprint"},
+  "setup": CORE | MEASURES | {"task", "compatibility", "blueprint", "student"},
   "memory": CORE,
   "preflight": CORE | {"setup", "memory"},
   "plan": CORE | {"blueprint", "setup", "memory", "chips", "flops"},

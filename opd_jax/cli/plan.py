@@ -54,6 +54,8 @@ def run(arguments: Sequence[str]) -> int:
     check_file("--json", values.json)
   # The compiler needs no accelerator, and takes none from a run.
   os.environ["JAX_PLATFORMS"] = "cpu"
+  # What is compiled here never runs; its text is read, which a cache has not.
+  os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
   from opd_jax import parsing
   from opd_jax.config import RunConfig
 

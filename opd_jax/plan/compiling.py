@@ -6,7 +6,9 @@ not fit has none: the compiler raises, and its message says by how much.
 
 import dataclasses
 import re
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -29,6 +31,13 @@ _AVAILABLE = (
   rf"exceeds available \w+ \({_SIZE}\)",
   rf"Used [\d.]+[KMGT]? of {_SIZE} \w+",
 )
+# Temporaries that are named.
+_LARGEST = 8
+_VALUE = re.compile(
+  r"value: <\d+ (?P<name>[^\s{]+)\S* @\d+> "
+  r"\(size=(?P<size>\d+),offset=(?P<offset>\d+)\): (?P<shape>[^{\s]+)"
+)
+_SOURCE = re.compile(r'^\s*%?(\S+) = .*op_name="([^"]*)"', re.MULTILINE)
 _ALLOCATION = re.compile(
   rf"^\s*\d+\. Size: {_SIZE}\n(?P<rest>(?:(?!\s*=====).*\n?)*)", re.MULTILINE
 )
@@ -44,7 +53,8 @@ class Account:
     temporaries: at its fullest moment.
     results: those that do not take the place of arguments.
     code: of the program itself.
-    text: its optimised HLO; None where the compiler cannot write it.
+    text: its optimised HLO; None where the compiler did not write it.
+    largest: of the temporaries, bytes and the operations that make them.
   """
 
   name: str
@@ -53,6 +63,7 @@ class Account:
   results: int
   code: int
   text: str | None
+  largest: tuple[tuple[int, str], ...]
 
   @property
   def total(self) -> int:
@@ -115,37 +126,38 @@ def compile_step(blueprint: Blueprint, mesh: Mesh) -> Compiled:
   """
   step = setup.make_step(blueprint, mesh)
   layout = step.scorer.student.layout
-  programs = Programs(step, blueprint.mode)
   overflow = None
-  start = time.monotonic()
-  try:
-    programs.compile(
-      step.abstract_state(),
-      blueprint_lib.abstract_frozen(step.scorer),
-      blueprint.abstract_inputs(layout),
+  with tempfile.TemporaryDirectory() as folder:
+    dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+    programs = Programs(step, blueprint.mode, dump)
+    start = time.monotonic()
+    try:
+      programs.compile(
+        step.abstract_state(),
+        blueprint_lib.abstract_frozen(step.scorer),
+        blueprint.abstract_inputs(layout),
+      )
+    except jax.errors.JaxRuntimeError as error:
+      if "RESOURCE_EXHAUSTED" not in str(error):
+        raise
+      left = [name for name in programs.names if name not in programs.compiled]
+      overflow = read_overflow(left[0], str(error))
+    seconds = time.monotonic() - start
+    accounts = tuple(
+      _account(name, program, Path(folder))
+      for name, program in programs.compiled.items()
     )
-  except jax.errors.JaxRuntimeError as error:
-    if "RESOURCE_EXHAUSTED" not in str(error):
-      raise
-    failed = next(
-      name for name in programs.names if name not in programs.compiled
-    )
-    overflow = read_overflow(failed, str(error))
-  seconds = time.monotonic() - start
-  accounts = tuple(
-    _account(name, program) for name, program in programs.compiled.items()
-  )
   return Compiled(
     step=step, accounts=accounts, overflow=overflow, seconds=seconds
   )
 
 
-def _account(name: str, program: Any) -> Account:
+def _account(name: str, program: Any, dump: Path) -> Account:
   sizes = program.memory_analysis()
-  try:
-    text = program.as_text()
-  except jax.errors.JaxRuntimeError:
-    text = None
+  # `as_text` fails for some programs: a newer compiler writes what jaxlib
+  # cannot read. What the compiler wrote itself is the same.
+  text = _dumped(dump, name, "after_codegen")
+  buffers = _dumped(dump, name, "after_optimizations-buffer-assignment")
   return Account(
     name=name,
     arguments=sizes.argument_size_in_bytes,
@@ -153,6 +165,36 @@ def _account(name: str, program: Any) -> Account:
     results=sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
     code=sizes.generated_code_size_in_bytes,
     text=text,
+    largest=() if buffers is None else largest(buffers, text or ""),
+  )
+
+
+def _dumped(folder: Path, name: str, stage: str) -> str | None:
+  """What the compiler wrote of a program at a stage."""
+  files = sorted(folder.glob(f"*.jit_{name}*.{stage}.txt"))
+  return files[-1].read_text() if files else None
+
+
+def largest(buffers: str, text: str) -> tuple[tuple[int, str], ...]:
+  """The largest temporaries, each place in memory once.
+
+  Args:
+    buffers: the compiler's table of buffers.
+    text: the program, for the names that JAX gave its operations.
+  """
+  places: dict[tuple[int, int], tuple[str, str]] = {}
+  for allocation in re.split(r"^allocation ", buffers, flags=re.MULTILINE):
+    head = allocation.partition("\n")[0]
+    if "preallocated-temp" not in head or "color" in head:
+      continue
+    for found in _VALUE.finditer(allocation):
+      place = (int(found["size"]), int(found["offset"]))
+      places.setdefault(place, (found["name"], found["shape"]))
+  biggest = sorted(places.items(), key=lambda item: -item[0][0])[:_LARGEST]
+  sources = dict(_SOURCE.findall(text)) if biggest else {}
+  return tuple(
+    (size, f"{shape} {sources.get(name, name)}")
+    for (size, _), (name, shape) in biggest
   )
 
 

@@ -7,7 +7,7 @@ import rich.console
 
 from opd_jax.config import RunConfig
 from opd_jax.models import published
-from opd_jax.plan import fit, remedies, topology
+from opd_jax.plan import fit, remedies, speed, topology
 from opd_jax.plan.compiling import Compiled
 from opd_jax.plan.fit import Counted, Load
 from opd_jax.plan.report import Report
@@ -40,7 +40,12 @@ def plan(
 
   counted = count(load(()))
   if analytic or not where.is_tpu:
-    return Report(location=location, counted=counted, compiled=None)
+    return Report(
+      location=location,
+      counted=counted,
+      compiled=None,
+      speed=speed.of(counted, ()),
+    )
   with topology.quiet():
     compiled = _compile(counted, "the step")
     found: list[remedies.Remedy] = []
@@ -58,6 +63,9 @@ def plan(
     location=location,
     counted=counted,
     compiled=compiled,
+    speed=speed.of(
+      counted, [one.text for one in compiled.accounts if one.text is not None]
+    ),
     remedies=tuple(found),
   )
 

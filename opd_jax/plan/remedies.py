@@ -174,6 +174,11 @@ def changes(config: RunConfig, counted: Counted) -> Iterator[Change]:
         overrides=(f"{role}.compute_dtype=bfloat16",),
         alters=f"the {role} computes in bfloat16",
       )
+  if config.teacher.weight_dtype is None and not config.teacher.offload:
+    yield Change(
+      overrides=("teacher.weight_dtype=int8",),
+      alters="the teacher's kernels are rounded to int8",
+    )
   yield from _meshes(counted)
   for key, value in (
     ("batch.prompts", batch.prompts),

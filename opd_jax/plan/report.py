@@ -8,6 +8,11 @@ from opd_jax.memory import Part, size_text
 from opd_jax.plan.compiling import Account, Compiled, Overflow
 from opd_jax.plan.fit import Counted
 from opd_jax.plan.remedies import Remedy
+from opd_jax.plan.speed import Decoding, Speed
+
+# Collectives and operations that are shown, operations that move too much, and
+# the part of all bytes from which on they do.
+_SHOWN, _WORST, _EXCESS = 8, 3, 0.01
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,12 +23,14 @@ class Report:
     location: of the config.
     counted: from shapes.
     compiled: by the compiler; None where it was not asked.
+    speed: how fast it would be.
     remedies: changes that were compiled; () if it fits.
   """
 
   location: str
   counted: Counted
   compiled: Compiled | None
+  speed: Speed
   remedies: tuple[Remedy, ...] = ()
 
   @property
@@ -41,6 +48,9 @@ class Report:
     if self.compiled is not None and self.compiled.overflow is not None:
       yield ""
       yield from _overflow(self, self.compiled.overflow)
+    else:
+      yield ""
+      yield from _speed(self.speed)
     if self.remedies:
       yield ""
       yield from _remedies(self)
@@ -72,6 +82,8 @@ class Report:
         },
       },
     }
+    if compiled is None or compiled.overflow is None:
+      figures["speed"] = _figures_of_speed(self.speed)
     if compiled is not None:
       figures["compile_seconds"] = compiled.seconds
       figures["programs"] = {
@@ -96,14 +108,57 @@ class Report:
     return figures
 
 
-def _figures_of(account: Account) -> dict[str, int]:
+def _figures_of(account: Account) -> dict[str, Any]:
   return {
     "argument_bytes": account.arguments,
     "temporary_bytes": account.temporaries,
     "result_bytes": account.results,
     "code_bytes": account.code,
     "total_bytes": account.total,
+    "largest": [
+      {"bytes": size, "what": what} for size, what in account.largest
+    ],
   }
+
+
+def _figures_of_speed(speed: Speed) -> dict[str, Any]:
+  found = speed.prediction
+  figures: dict[str, Any] = {
+    "compiled": speed.compiled,
+    "seconds": found.seconds,
+    "tokens_per_second_per_chip": found.tokens_per_second_per_chip,
+    "phases": {
+      phase.name: {
+        "seconds": phase.seconds,
+        "share": found.shares[phase.name],
+        "compute": phase.compute,
+        "memory": phase.memory,
+        "interconnect": phase.interconnect,
+        "bound": phase.bound,
+      }
+      for phase in found.phases
+    },
+    "collectives": [dataclasses.asdict(one) for one in speed.traffic],
+  }
+  if speed.decoding is not None:
+    decoding = speed.decoding
+    figures["decode"] = {
+      "moved_bytes": decoding.moved,
+      "weight_bytes": decoding.weights,
+      "cache_bytes": decoding.cache,
+      "ratio": decoding.ratio,
+      "weight_gathers": list(decoding.gathers),
+      "moves": [
+        {
+          "bytes": move.bytes,
+          "excess": move.excess,
+          "runs": move.runs,
+          "what": move.operation.source or move.operation.name,
+        }
+        for move in decoding.moves[:_SHOWN]
+      ],
+    }
+  return figures
 
 
 def _run(report: Report) -> Iterator[str]:
@@ -178,6 +233,7 @@ def _accounted(
     ]
   guess = counted.estimate.total - counted.estimate.resident
   rows.append(("  by the count", guess, "~, without a compiler"))
+  rows += [("  largest", size, what) for size, what in account.largest[:_WORST]]
   if account.results:
     rows.append(("results", account.results, "metrics, completions"))
   rows.append(("code", account.code, ""))
@@ -229,6 +285,51 @@ def _overflow(report: Report, overflow: Overflow) -> Iterator[str]:
   )
   yield "the largest parts by the count:"
   yield from _table([(part.name, part.size, part.phase) for part in parts[:5]])
+
+
+def _speed(speed: Speed) -> Iterator[str]:
+  """The time model, the decode loop and the collectives."""
+  found = speed.prediction
+  origin = "compiled programs" if speed.compiled else "shapes"
+  yield f"a step takes at least {found.seconds:.1f} s, by bytes of {origin}:"
+  for phase in found.phases:
+    yield (
+      f"  {phase.name:<8}{phase.seconds:>8.1f} s "
+      f"{100 * found.shares[phase.name]:>4.0f} %  compute {phase.compute:.1f}, "
+      f"memory {phase.memory:.1f}, interconnect {phase.interconnect:.1f} s"
+    )
+  yield (
+    f"  at most {found.tokens_per_second_per_chip:,.0f} tokens per second and "
+    "chip, all rows drawn to their end"
+  )
+  if speed.decoding is not None:
+    yield from _decoding(speed.decoding)
+  if speed.traffic:
+    yield "collectives of a step, bytes of a device:"
+    for one in speed.traffic[:_SHOWN]:
+      yield (
+        f"  {one.phase:<7} {one.kind:<18} {size_text(one.bytes):>10} in "
+        f"{one.runs:,} runs over {' x '.join(one.axes) or 'one device'}"
+      )
+
+
+def _decoding(decoding: Decoding) -> Iterator[str]:
+  yield (
+    f"decoding a token moves {size_text(decoding.moved)} a device, "
+    f"{decoding.ratio:.2f} x (weights {size_text(decoding.weights)} + cache "
+    f"{size_text(decoding.cache)})"
+  )
+  for move in decoding.moves[:_WORST]:
+    if move.excess > _EXCESS * decoding.moved:
+      yield (
+        f"  {size_text(move.excess)} more than it must: "
+        f"{move.operation.source or move.operation.name}"
+      )
+  if decoding.gathers:
+    yield "WEIGHTS ARE GATHERED IN THE DECODE LOOP:"
+    yield from (f"  {name}" for name in decoding.gathers)
+  else:
+    yield "no weights are gathered in the decode loop"
 
 
 def _remedies(report: Report) -> Iterator[str]:
