@@ -17,18 +17,20 @@ Not run on such machines yet; docs/plan.md has the memory as counted.
 
 from ml_collections import ConfigDict
 
-# Student, teacher, prompts, rollouts, prompt and completion tokens, mesh.
-MACHINES = {
-  "h100:1": ("0.6B", "4B", 32, 2, 512, 1024, {"fsdp": 1}),
-  "h100:4": ("1.7B", "8B", 64, 2, 512, 2048, {"fsdp": 4}),
-  "h100:8": ("4B", "14B", 64, 1, 1024, 4096, {"fsdp": 8}),
-  "h200:8": ("8B", "32B", 64, 1, 1024, 4096, {"fsdp": 4, "tensor": 2}),
+# (Student, teacher), prompts, rollouts, prompt and completion tokens, mesh.
+TOPOLOGIES = {
+  "h100:1": (("0.6B", "4B"), 32, 2, 512, 1024, {"fsdp": 1}),
+  "h100:4": (("1.7B", "8B"), 64, 2, 512, 2048, {"fsdp": 4}),
+  "h100:8": (("4B", "14B"), 64, 1, 1024, 4096, {"fsdp": 8}),
+  "h200:8": (("8B", "32B"), 64, 1, 1024, 4096, {"fsdp": 4, "tensor": 2}),
 }
 
 
 def get_config(topology: str = "h100:8") -> ConfigDict:
-  """The experiment on one of `MACHINES`."""
-  student, teacher, prompts, rollouts, window, length, mesh = MACHINES[topology]
+  """The experiment on one of `TOPOLOGIES`."""
+  student, teacher, prompts, rollouts, window, length, mesh = TOPOLOGIES[
+    topology
+  ]
   return ConfigDict(
     {
       "student": {

@@ -13,14 +13,14 @@ Not run on TPUs yet; docs/plan.md has the fit by the TPU compiler.
 
 from ml_collections import ConfigDict
 
-MESHES = {
+TOPOLOGIES = {
   "v5e-16": {"fsdp": 4, "tensor": 4},
   "v6e-8": {"fsdp": 4, "tensor": 2},
 }
 
 
 def get_config(topology: str = "v5e-16") -> ConfigDict:
-  """The experiment on one of the slices of `MESHES`."""
+  """The experiment on one of the slices of `TOPOLOGIES`."""
   return ConfigDict(
     {
       "student": {
@@ -51,7 +51,7 @@ def get_config(topology: str = "v5e-16") -> ConfigDict:
         "final_fraction": 0.1,
       },
       "topology": topology,
-      "mesh": MESHES[topology],
+      "mesh": TOPOLOGIES[topology],
       "checkpoint": {"every": 50},
       "steps": 500,
     }

@@ -15,7 +15,7 @@ Not run on TPUs yet; docs/plan.md has the fit by the TPU compiler.
 from ml_collections import ConfigDict
 
 # Completions per prompt, and the mesh, by slice.
-SLICES = {
+TOPOLOGIES = {
   "v5p:4x4x4": (1, {"fsdp": 16, "tensor": 4}),
   "v6e-64": (1, {"fsdp": 16, "tensor": 4}),
   "v5e-256": (4, {"fsdp": 32, "tensor": 8}),
@@ -24,8 +24,8 @@ SLICES = {
 
 
 def get_config(topology: str = "v5p:4x4x4") -> ConfigDict:
-  """The experiment on one of `SLICES`."""
-  rollouts, mesh = SLICES[topology]
+  """The experiment on one of `TOPOLOGIES`."""
+  rollouts, mesh = TOPOLOGIES[topology]
   return ConfigDict(
     {
       "student": {

@@ -4,6 +4,7 @@ The compiler's own account of each program, on one device. A program that does
 not fit has none: the compiler raises, and its message says by how much.
 """
 
+import contextlib
 import dataclasses
 import re
 import tempfile
@@ -154,9 +155,11 @@ def compile_step(blueprint: Blueprint, mesh: Mesh) -> Compiled:
 
 def _account(name: str, program: Any, dump: Path) -> Account:
   sizes = program.memory_analysis()
-  # `as_text` fails for some programs: a newer compiler writes what jaxlib
-  # cannot read. What the compiler wrote itself is the same.
   text = _dumped(dump, name, "after_codegen")
+  if text is None:
+    # From a cache. What a newer compiler wrote jaxlib may not be able to read.
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+      text = program.as_text()
   buffers = _dumped(dump, name, "after_optimizations-buffer-assignment")
   return Account(
     name=name,
