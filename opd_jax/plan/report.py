@@ -262,8 +262,9 @@ def _estimated(report: Report, parts: Sequence[Part]) -> Iterator[str]:
     f"{'fits' if report.fits else 'does NOT fit'} by this count: "
     f"~{size_text(total)} of {size_text(memory)}, "
     f"{100 * total / memory:.0f} %"
-    + ("" if counted.topology.is_tpu else "; GPUs are never compiled for here")
   )
+  if not counted.topology.is_tpu:
+    yield "GPUs are never compiled for here: all of this is counted"
 
 
 def _overflow(report: Report, overflow: Overflow) -> Iterator[str]:

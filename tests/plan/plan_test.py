@@ -95,6 +95,7 @@ def test_gpus_are_counted(run, capfd):
   assert plan(run, "--topology=h100:1x4") == 0
   told = capfd.readouterr().out
   assert "GPUs are never compiled for here" in told
+  assert "fits by this count" in told
   # The names of files and models come first.
   assert all(len(line) <= 80 for line in told.splitlines()[2:])
 
