@@ -120,7 +120,7 @@ def run(
         for measurement in measurements:
           if everything or _due(measurement.every, done):
             with meter.paused():
-              values = measurement(state.params)
+              values = measurement(task.weights(state))
               record(values)
             found |= values
             # At once: what is measured next may fail, and end the run.
@@ -207,7 +207,7 @@ def run(
     folder = workdir / EXPORT_FOLDER
     if finished:
       export(
-        state.params,
+        task.weights(state),
         task.student,
         config.student.path,
         folder,

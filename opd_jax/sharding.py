@@ -26,6 +26,7 @@ Rule = str | tuple[str, ...] | None
 
 TRAIN_RULES: Mapping[str, Rule] = {
   "batch": ("replica", "fsdp", "expert"),
+  "sequence": "context",
   "layers": None,
   "vocab": "tensor",
   "embed": "fsdp",
@@ -40,6 +41,8 @@ DECODE_RULES = {**TRAIN_RULES, "embed": None}
 
 # Fewer key/value heads than tensor shards is usual (GQA): replicate them then.
 _REPLICATED_IF_UNEVEN = ("kv_heads",)
+# What a model may get too few of; see `Layout.fitting`.
+_IF_DIVISIBLE = ("batch", "sequence")
 
 
 def make_mesh(
@@ -173,6 +176,13 @@ class Layout:
           )
         owners[axis] = name
 
+  def fitting(self, axes: Axes, shape: Sequence[int]) -> Axes:
+    """Logical names, None for rows and slots that the mesh does not divide."""
+    return tuple(
+      None if name in _IF_DIVISIBLE and size % self.shards(name) else name
+      for name, size in zip(axes, shape, strict=True)
+    )
+
   def sharding(
     self, axes: Axes, shape: Sequence[int] | None = None
   ) -> NamedSharding:
@@ -180,22 +190,22 @@ class Layout:
     return NamedSharding(self.mesh, self.spec(axes, shape))
 
   def computing(self) -> "Layout":
-    """This layout for what is computed with the rows of the batch.
+    """This layout for what is computed with the slots of the rows.
 
-    The batch keeps its mesh axes; another dimension that lies on one of them
-    too, as weights may, is gathered over it. Experts are left where they are:
-    rows are brought to them.
+    Batch and sequence keep their mesh axes; another dimension that lies on one
+    of them too, as weights may, is gathered over it. Experts are left where
+    they are: rows are brought to them.
     """
-    taken = self.mesh_axes("batch")
+    taken = self.mesh_axes("batch") + self.mesh_axes("sequence")
     rules = dict(self.rules)
-    for name in rules.keys() - {"batch", "experts"}:
+    for name in rules.keys() - {"batch", "sequence", "experts"}:
       if not set(self.mesh_axes(name)).isdisjoint(taken):
         rules[name] = tuple(a for a in self.mesh_axes(name) if a not in taken)
     return Layout.create(self.mesh, rules)
 
-  def in_shard(self) -> "Layout":
-    """This layout inside a map over the shards of the batch."""
-    rules = {**dict(self.computing().rules), "batch": None}
+  def in_shard(self, name: str) -> "Layout":
+    """This layout inside a map over the shards of batch or sequence."""
+    rules = {**dict(self.computing().rules), name: None}
     return Layout.create(self.mesh, rules)
 
   def mesh_axes(self, name: str) -> tuple[str, ...]:

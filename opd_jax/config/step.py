@@ -13,7 +13,8 @@ class ModelSource:
   """A Hugging Face checkpoint.
 
   Attributes:
-    path: a local folder, or `org/name` or `org/name@revision` in the Hub cache.
+    path: a local folder, `gs://bucket/folder`, or `org/name` or
+      `org/name@revision` in the Hub cache.
     compute_dtype: of activations, and of the weights while they are used. A
       frozen model is held in it; a trained one has float32 master weights.
   """
@@ -23,15 +24,78 @@ class ModelSource:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class FrozenModelSource(ModelSource):
+  """A Hugging Face checkpoint that stays as it is.
+
+  Attributes:
+    weight_dtype: "int8" holds the kernels of the layers as int8 with a scale
+      per output channel, quantized as they are read; activations keep the
+      compute dtype. None holds all weights in that.
+    offload: the layers lie in the memory of the hosts, and each comes to the
+      devices when it runs.
+  """
+
+  weight_dtype: Literal["int8"] | None = None
+  offload: bool = False
+
+  def __post_init__(self):
+    require(
+      not (self.offload and self.weight_dtype == "int8"),
+      f'{self.path}: offload = True with weight_dtype = "int8" would bring all '
+      "layers to the device at once; leave out one of the two",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+  """Low-rank adapters (arXiv:2106.09685), without dropout.
+
+  Attributes:
+    rank: r, of each adapter.
+    alpha: what an adapter adds is multiplied by alpha / rank.
+    targets: products that get one, by the names of PEFT, such as "q_proj"; or
+      "all-linear" for all that may have one.
+  """
+
+  rank: int = 16
+  alpha: float = 32.0
+  targets: tuple[str, ...] = ("all-linear",)
+
+  def __post_init__(self):
+    require(self.rank >= 1, f"student.lora.rank must be >= 1, got {self.rank}")
+    require(
+      self.alpha > 0 and math.isfinite(self.alpha),
+      f"student.lora.alpha must be > 0, got {self.alpha}",
+    )
+    require(
+      len(self.targets) == len(set(self.targets)) > 0,
+      "student.lora.targets must be different names of products, such as "
+      f'("q_proj", "v_proj") or ("all-linear",), got {self.targets!r}',
+    )
+    require(
+      "all-linear" not in self.targets or len(self.targets) == 1,
+      'student.lora.targets: "all-linear" stands alone, got '
+      f"{self.targets!r}; leave out the others",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainedModelSource(ModelSource):
   """A Hugging Face checkpoint to start the training from.
 
   Attributes:
     remat: what the backward pass recomputes: "none" keeps every activation of
       a layer, "full" keeps a layer's input only, "dots" also keeps products.
+    lora: low-rank adapters to train in place of the weights, which stay as
+      they are, in `compute_dtype`; None to train all weights.
   """
 
   remat: Literal["none", "dots", "full"] = "none"
+  lora: LoraConfig | None = None
+
+  def as_frozen(self) -> FrozenModelSource:
+    """The same checkpoint as it is held where it is not trained."""
+    return FrozenModelSource(path=self.path, compute_dtype=self.compute_dtype)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,6 +108,14 @@ class SftStudentSource(TrainedModelSource):
   """
 
   init: Literal["checkpoint", "random"] = "checkpoint"
+
+  def __post_init__(self):
+    require(
+      self.lora is None or self.init == "checkpoint",
+      'student.init = "random", and student.lora would train adapters of '
+      "weights that are random; set student.lora to None, or "
+      'init to "checkpoint"',
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -245,7 +317,7 @@ class MeshConfig:
       multiple of them, by fsdp otherwise.
     fsdp: data parallel with weights and optimizer state spread over it.
     tensor: heads, feed-forward and vocabulary spread over it.
-    context: for the sequence; must be 1, nothing is spread over it yet.
+    context: slots of the rows spread over it, and of the cache.
     expert: data parallel, and the experts of a mixture spread over it.
     train_rules: by name of a dimension, the mesh axes that it is spread over in
       training, in place of the default: `{"vocab": ["tensor", "fsdp"],
@@ -284,11 +356,6 @@ class MeshConfig:
     free = [name for name, size in sizes.items() if size == -1]
     require(
       len(free) <= 1, f"only one mesh axis may be -1, got {', '.join(free)}"
-    )
-    require(
-      self.context == 1,
-      "mesh.context must be 1: nothing is spread over it yet, got "
-      f"{self.context}; use fsdp and tensor",
     )
     for key in ("train_rules", "decode_rules"):
       for name, axes in getattr(self, key).items():
