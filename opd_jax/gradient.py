@@ -252,7 +252,9 @@ class RowShards:
     if count == 1 or batch.tokens.shape[0] % count:
       return cls(scorer=scorer, count=1, axes=())
     return cls(
-      scorer=scorer.in_shard("batch"), count=count, axes=layout.mesh_axes("batch")
+      scorer=scorer.in_shard("batch"),
+      count=count,
+      axes=layout.mesh_axes("batch"),
     )
 
   def map(self, function: Callable[[Any], Any], rows: Any) -> Any:

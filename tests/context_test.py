@@ -3,14 +3,12 @@ draws and learns, and what the compiled program moves."""
 
 import dataclasses
 import functools
-import math
 import re
 
 import jax
 import numpy as np
 import pytest
 
-from opd_jax.models import Experts
 from tests import engine
 from tests.models import tiny
 from tests.step_program_test import _computations, _decode_loops, _reachable
@@ -22,6 +20,8 @@ STUDENTS = {
     tiny.CONFIGS["gemma3"], vocab_size=engine.STUDENT.vocab_size
   ),
 }
+# Of the spread one: recomputation changes no gradient.
+REMAT = {"qwen3": "none", "gemma3": "dots"}
 # Neither 6 + 7 slots nor 7 tokens divide.
 SPREAD = {"mesh": {"fsdp": 2, "tensor": 2, "context": 2}, "devices": 8}
 
@@ -29,7 +29,10 @@ SPREAD = {"mesh": {"fsdp": 2, "tensor": 2, "context": 2}, "devices": 8}
 def _step(name, **options):
   # Chunks of a token per shard: the loop over the vocabulary turns often.
   step = engine.make_step("gkd", chunk_tokens=4, **options)
-  of = lambda model: dataclasses.replace(model, config=STUDENTS[name])
+  remat = REMAT[name] if options else "none"
+  of = lambda model: dataclasses.replace(
+    model, config=STUDENTS[name], remat=remat
+  )
   return dataclasses.replace(
     step,
     decoder=of(step.decoder),
@@ -119,10 +122,8 @@ def test_layers_gather_weights_keys_and_values_alone():
     for count, slots in ((rows, 16), (rows // engine.ROLLOUTS, 8)):
       allowed.add(_sorted((count, heads, slots, model.config.head_size)))
   gathered = set().union(*map(_gathers, inside.values()))
+  assert _sorted((rows, 16, step.decoder.config.head_size)) in gathered
   assert gathered <= allowed
-  assert (rows, 16, 8) in {_sorted(shape) for shape in gathered} or any(
-    math.prod(shape) == rows * 16 * 8 for shape in gathered
-  )
 
 
 def test_the_heads_gradient_is_summed_behind_its_loop():
@@ -134,30 +135,3 @@ def test_the_heads_gradient_is_summed_behind_its_loop():
     for line in _reachable(computations, body):
       if re.search(r" (all-reduce|reduce-scatter)(-start)?\(", line):
         assert "[64,32]" not in line.split("(%")[0]
-
-
-def test_experts_and_context():
-  """Gradients of a mixture's trunk, its experts spread as well."""
-  name = "qwen3_moe"
-  assert isinstance(tiny.CONFIGS[name].experts, Experts)
-  params = tiny.params(name)
-  tokens, positions = tiny.joined()
-
-  def gradient(model, params):
-    def loss(params):
-      states = model.hidden(params, tokens, positions)
-      live = (positions >= 0)[:, :, None]
-      return jax.numpy.sum(jax.numpy.where(live, states, 0) ** 3)
-
-    return jax.jit(jax.grad(loss))(params)
-
-  want = gradient(tiny.model(name), params)
-  layout = tiny.layout({"context": 2, "tensor": 2, "expert": 2})
-  spread = dataclasses.replace(tiny.model(name), layout=layout)
-  places = jax.tree.map(lambda leaf: leaf.sharding, spread.abstract_params())
-  got = gradient(spread, jax.device_put(params, places))
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
-    jax.device_get(got),
-    jax.device_get(want),
-  )

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from opd_jax import sharding
-from opd_jax.models import Model, attention, layers
-from opd_jax.models.attention import BlockAttention, Blocks, Places
+from opd_jax.models import Model, layers, places
+from opd_jax.models.attention import BlockAttention, Places
+from opd_jax.models.places import Blocks
 from tests.models import tiny
 
 ROWS, SIZE = 4, 6
@@ -51,7 +52,7 @@ def test_blocks_equal_the_direct_form(
   monkeypatch, mesh, slots, heads, kinds, local, cap, packed
 ):
   """Values and gradients, in float32; rows fewer than shards as well."""
-  monkeypatch.setattr(attention, "MAX_BLOCK", 4)
+  monkeypatch.setattr(places, "MAX_BLOCK", 4)
   layout = tiny.layout(mesh)
   blocks = Blocks.of(slots, layout)
   positions, segments = _places(slots, packed)
@@ -85,12 +86,12 @@ def test_blocks_equal_the_direct_form(
       scalar=scalar,
       cap=cap,
     )
-    places = Places(
+    who = Places(
       blocks.deal(positions, -1),
       None if segments is None else blocks.deal(segments, -1),
       jnp.asarray(local),
     )
-    mixed = attend(deal(query, 1), deal(keys, 2), deal(values, 2), places)
+    mixed = attend(deal(query, 1), deal(keys, 2), deal(values, 2), who)
     return blocks.collect(mixed, ("batch", "sequence", "heads", None), layout)
 
   def run(function):
@@ -109,10 +110,10 @@ def test_blocks_equal_the_direct_form(
 
 def test_blocks_that_no_query_sees_are_not_visited():
   layout = tiny.layout()
-  blocks = Blocks.of(16 * attention.MAX_BLOCK, layout)
+  blocks = Blocks.of(16 * places.MAX_BLOCK, layout)
   assert blocks.pairs(None).shape == (1, 16 * 17 / 2, 2)
   # Its own block and the one before.
-  assert blocks.pairs(attention.MAX_BLOCK).shape == (1, 16 + 15, 2)
+  assert blocks.pairs(places.MAX_BLOCK).shape == (1, 16 + 15, 2)
 
 
 @pytest.mark.parametrize("window", [None, 700])
@@ -158,7 +159,7 @@ def test_a_model_in_blocks_equals_a_model_at_once(monkeypatch, name):
     return jax.jit(both)(params, tokens, positions)
 
   want, want_cache = run()
-  monkeypatch.setattr(attention, "MAX_BLOCK", 4)
+  monkeypatch.setattr(places, "MAX_BLOCK", 4)
   got, cache = run()
   live = np.asarray(positions >= 0)
   np.testing.assert_allclose(got[live], want[live], atol=1e-5)
@@ -174,9 +175,7 @@ def test_a_model_in_blocks_equals_a_model_at_once(monkeypatch, name):
 def _temporaries(mesh, slots=2048):
   """Bytes that a device needs for the gradient of a trunk's states."""
   layout = tiny.layout(mesh)
-  model = Model(
-    dataclasses.replace(tiny.CONFIGS["llama"], head_size=8), layout
-  )
+  model = Model(dataclasses.replace(tiny.CONFIGS["llama"], head_size=8), layout)
   ids = jax.ShapeDtypeStruct(
     (2, slots), jnp.int32, sharding=layout.replicated()
   )
@@ -192,7 +191,7 @@ def test_memory_grows_with_the_slots_and_falls_with_context(monkeypatch):
   in_blocks = _temporaries({})
   spread = _temporaries({"context": 4})
   assert spread < 0.4 * in_blocks
-  monkeypatch.setattr(attention, "MAX_BLOCK", 10**6)
+  monkeypatch.setattr(places, "MAX_BLOCK", 10**6)
   # Scores of 2 rows and 4 heads, kept in 3 layers.
   whole = _temporaries({})
   assert whole > 3 * 2 * 4 * 2048**2 * 4
