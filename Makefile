@@ -8,6 +8,8 @@ JOBS ?= 2
 # Exactly this spelling: with another, pip may take a build for GPUs.
 # `make setup TORCH=` leaves it out; the parity tests then skip.
 TORCH ?= torch==2.13.0
+# For the same tests; they need nothing more that the lock does not hold.
+PEFT ?= peft==0.21.2 accelerate==1.15.0
 
 # jax and flax differ between Python 3.11 and later, so there are two locks.
 LOCK = requirements/lock-$(shell $(PYTHON) -c 'import sys; \
@@ -50,8 +52,8 @@ $(VENV)/.stamp-project: $(VENV)/.stamp-lock pyproject.toml
 	touch $@
 
 # Where pip would take the build for GPUs, gigabytes of it, nothing is taken.
-$(VENV)/.stamp-torch: $(VENV)/.stamp-lock
-	@requirements/install_torch.sh $(BIN)/pip $(TORCH)
+$(VENV)/.stamp-torch: $(VENV)/.stamp-lock requirements/install_torch.sh
+	@requirements/install_torch.sh $(BIN)/pip '$(TORCH)' $(PEFT)
 	@touch $@
 
 test: lint types unit ## Everything CI runs.

@@ -39,6 +39,7 @@ def configuration() -> str:
     if cls := group_of(hint):
       parts += [f"## {name}", summary(cls), table(cls, f"{name}.")]
   for name, cls, prefix in (
+    ("lora", config.LoraConfig, "student.lora."),
     ("sources", config.SourceConfig, "data.sources.NAME."),
     ("prompt", config.TemplateConfig, "prompt."),
   ):

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opd_jax import flops, loop, preflight
+from opd_jax import flops, loop, preflight, processes, student
 from opd_jax import setup as setup_lib
-from opd_jax.config import ModelSource, RunConfig
+from opd_jax.config import FrozenModelSource, RunConfig
 from opd_jax.data.prompts import Batch, Tokens
 from opd_jax.evaluate import Accuracy
 from opd_jax.meter import Work
@@ -21,7 +21,7 @@ from opd_jax.models import Model, ModelConfig, hf
 from opd_jax.programs import Programs
 from opd_jax.replay import Threshold
 from opd_jax.rewards import Rewards, completion
-from opd_jax.scoring import Scorer, Weights
+from opd_jax.scoring import Parameters, Scorer, Weights
 from opd_jax.setup import Setup
 from opd_jax.sharding import Layout
 from opd_jax.step import Step
@@ -54,7 +54,7 @@ def train(config: RunConfig, workdir: str | Path) -> Summary:
   began = time.monotonic()
   setup = setup_lib.prepare(config)
   step = setup_lib.make_step(setup)
-  report = preflight.inspect(setup, step)
+  report = processes.from_first(lambda: preflight.inspect(setup, step))
   report.enforce()
   return loop.run(
     Distillation(setup, step, report),
@@ -107,9 +107,20 @@ class Distillation:
     return self._step.abstract_state()
 
   def initial_state(self) -> TrainState:
-    """The checkpoint's weights with fresh optimizer state, in their places."""
-    params = hf.load(self.config.student.path, self.student, "float32")
-    return self._step.place_state(params)
+    """The weights to start with and fresh optimizer state, in their places."""
+    config = self.config
+    return self._step.place_state(
+      student.start(config.student, self.student, config.seed)
+    )
+
+  def weights(self, state: TrainState) -> Params:
+    """The student's weights, with its adapters if these are what is trained."""
+    if self.student.lora is not None and "base" not in self._frozen:
+      self._frozen["base"] = student.load_base(
+        self.config.student, self.student
+      )
+    base = self._frozen.get("base")
+    return Parameters(student=state.params, base=base).of("student")
 
   def compile(self, state: TrainState) -> None:
     """Loads the frozen models and compiles the step."""
@@ -203,6 +214,7 @@ class Distillation:
       start=self._step.scores_start,
       kept=kept,
       frozen_kept=1.0 if ranked else kept,
+      adapters=self.student.lora is not None,
     )
     return Work(tokens=record["rollout/tokens"], operations=operations)
 
@@ -215,14 +227,19 @@ class Distillation:
 
 
 def load_frozen(config: RunConfig, scorer: Scorer) -> dict[str, Weights]:
-  """The weights of the frozen models by role, in their places.
+  """The weights that are not trained by role, in their places.
 
   Those of several teachers are a tuple, in the order of `Scorer.models`. Two
-  models of the same checkpoint and dtype hold the same arrays.
+  models of the same checkpoint and dtype hold the same arrays; so does "base",
+  the student's weights where adapters of them are trained.
   """
-  loaded: dict[ModelSource, Params] = {}
+  loaded: dict[FrozenModelSource, Params] = {}
+  frozen: dict[str, Weights] = {}
+  base = student.load_base(config.student, scorer.student)
+  if base is not None:
+    frozen["base"] = loaded[config.student.as_frozen()] = base
 
-  def load(source: ModelSource, model: Model) -> Params:
+  def load(source: FrozenModelSource, model: Model) -> Params:
     if source not in loaded:
       loaded[source] = hf.load(source.path, model, source.compute_dtype)
     return loaded[source]
@@ -230,7 +247,7 @@ def load_frozen(config: RunConfig, scorer: Scorer) -> dict[str, Weights]:
   others, _ = setup_lib.route(config)
   teachers = (config.teacher, *others.values())
   weights = tuple(map(load, teachers, scorer.models("teacher")))
-  frozen: dict[str, Weights] = {"teacher": weights if others else weights[0]}
+  frozen["teacher"] = weights if others else weights[0]
   if config.reference is not None:
     frozen["reference"] = load(config.reference, scorer.model("reference"))
   return frozen
@@ -245,6 +262,7 @@ def describe(setup: Setup, step: Step) -> Iterator[str]:
     f"parameters), teacher {config.teacher.path} "
     f"({hf.parameter_count(setup.teacher):,})"
   )
+  yield from student.describe(step.scorer.student)
   for other in setup.domain_teachers:
     yield (
       f"{other.role}: {other.source.path} ({hf.parameter_count(other.model):,})"

@@ -15,7 +15,16 @@ import pytest
 PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "opd_jax"
 
 # Each layer may use those above it. Name a group only to shorten the table.
-BASE = {"errors", "types", "config", "parsing", "sharding", "sequences"}
+BASE = {
+  "errors",
+  "types",
+  "config",
+  "parsing",
+  "sharding",
+  "sequences",
+  "processes",
+  "storage",
+}
 TEXT = {"tokenizer", "templates", "arith", "data"}
 PARTS = BASE | {"models", "sampling", "objectives"} | TEXT
 CORE = PARTS | {
@@ -36,8 +45,16 @@ MEASURES = {
   "evaluate",
   "rewards",
 }
-TOOLS = {"flops", "checkpoint", "metrics", "export", "meter", "summary"}
-RUN = CORE | MEASURES | TOOLS | {"task", "interrupts", "loop"}
+TOOLS = {
+  "chips",
+  "flops",
+  "checkpoint",
+  "metrics",
+  "export",
+  "meter",
+  "summary",
+}
+RUN = CORE | MEASURES | TOOLS | {"student", "task", "interrupts", "loop"}
 
 # module: what of opd_jax it may import.
 ALLOWED = {
@@ -49,6 +66,8 @@ ALLOWED = {
   "parsing": {"errors", "config"},
   "sharding": {"errors", "types", "config"},
   "sequences": {"errors", "types", "config"},
+  "processes": {"errors"},
+  "storage": {"errors"},
   #
   "models": BASE,
   "sampling": BASE,
@@ -69,26 +88,29 @@ ALLOWED = {
   #
   "verifiers": {"errors"},
   "estimates": set(),
+  "student": PARTS,
   "held_out": CORE,
   "generate": PARTS,
   "evaluate": PARTS | {"verifiers", "estimates", "generate"},
   "rewards": BASE | TEXT | {"verifiers"},
   #
+  "chips": set(),
   "flops": {"models"},
   "manifest": {"config", "errors"},
   "checkpoint": CORE | {"manifest"},
   "metrics": CORE | {"imports"},
   "export": CORE | {"checkpoint"},
-  "meter": {"types", "flops", "metrics"},
+  "meter": {"types", "chips", "metrics"},
   "summary": set(),
   #
   "task": {"config", "types", "models", "update", "meter"},
   "interrupts": {"types"},
   "loop": CORE | TOOLS | {"task", "interrupts"},
   "compatibility": PARTS | {"selector"},
-  "setup": CORE | MEASURES | {"task", "compatibility"},
+  "setup": CORE | MEASURES | {"task", "compatibility", "student"},
   "memory": CORE,
   "preflight": CORE | {"setup", "memory"},
+  "plan": CORE | {"chips", "flops", "memory"},
   "train": RUN | {"setup", "preflight"},
   "sft": RUN | {"setup", "preflight"},
   "saved": RUN | {"sft"},

@@ -27,6 +27,8 @@ from opd_jax.config.run import (
 from opd_jax.config.selection import SelectionConfig
 from opd_jax.config.step import (
   BatchConfig,
+  FrozenModelSource,
+  LoraConfig,
   MeshConfig,
   ModelSource,
   OptimizerConfig,
@@ -41,8 +43,10 @@ __all__ = [
   "CheckpointConfig",
   "DataConfig",
   "EvalConfig",
+  "FrozenModelSource",
   "HeldOutConfig",
   "LogConfig",
+  "LoraConfig",
   "MeshConfig",
   "ModelSource",
   "OptimizerConfig",

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from opd_jax.models import Model, ModelConfig
+from opd_jax.models import HOST_MEMORY, Model, ModelConfig
 from opd_jax.models.places import Blocks, scored
 from opd_jax.sharding import Layout
 from opd_jax.step import Step
@@ -51,11 +51,15 @@ class Part:
 
 
 def shard_bytes(tree: Any) -> int:
-  """Bytes of one device's shards of arrays or `ShapeDtypeStruct`s."""
+  """Bytes of one device's shards of arrays or `ShapeDtypeStruct`s.
+
+  What lies in the host's memory is not counted.
+  """
   return sum(
     math.prod(leaf.sharding.shard_shape(leaf.shape))
     * jnp.dtype(leaf.dtype).itemsize
     for leaf in jax.tree.leaves(tree)
+    if leaf.sharding.memory_kind != HOST_MEMORY
   )
 
 

@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Int8
 
-from opd_jax.models import layers
+from opd_jax.models import layers, quantize
 from opd_jax.models.config import Experts as ExpertsConfig
 from opd_jax.models.config import ModelConfig
 from opd_jax.sharding import Axes, Layout
@@ -29,10 +29,15 @@ from opd_jax.sharding import Axes, Layout
 _MAX_BLOCK = 256
 _MIN_BLOCK = 8
 
-# The kernels of all experts: gate and up [E, D, F], down [E, F, D].
-Kernels = tuple[
-  Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]
-]
+# Where a block of experts keeps its router.
+ROUTER = "router"
+
+# The kernels of all experts: gate and up [E, D, F], down [E, F, D]. Those held
+# as int8 come with their scales.
+Kernel = (
+  Float[Array, "E I O"] | tuple[Int8[Array, "E I O"], Float[Array, "E O"]]
+)
+Kernels = tuple[Kernel, Kernel, Kernel]
 
 
 class Stack(nnx.Module):
@@ -41,6 +46,13 @@ class Stack(nnx.Module):
   def __init__(self, shape: tuple[int, ...], axes: Axes, rngs: nnx.Rngs):
     kernel = layers.INIT_SCALE * jax.random.normal(rngs.params(), shape)
     self.kernel = nnx.Param(kernel, axes=axes)
+    self.kernel_scale = nnx.data(None)  # Of an int8 kernel, see `quantize`.
+
+  def weights(self, dtype: Any) -> Kernel:
+    """In a compute dtype; int8 stays, since one expert runs at a time."""
+    if self.kernel_scale is None:
+      return self.kernel[...].astype(dtype)
+    return self.kernel[...], self.kernel_scale[...]
 
 
 class Experts(nnx.Module):
@@ -78,8 +90,7 @@ class Experts(nnx.Module):
     if self.experts.renormalize:
       weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
     gate, up, down = (
-      stack.kernel[...].astype(x.dtype)
-      for stack in (self.gate, self.up, self.down)
+      stack.weights(x.dtype) for stack in (self.gate, self.up, self.down)
     )
     kernels: Kernels = (gate, up, down)
     over = layout.mesh_axes("experts")
@@ -88,14 +99,18 @@ class Experts(nnx.Module):
     )
     spread = len(x) % layout.shards("batch") == 0
     rows = PartitionSpec(apart if spread else None)
-    wide = layout.spec(("experts", None, "ffw"), gate.shape)
-    places = (wide, wide, layout.spec(("experts", "ffw", None), down.shape))
+    inner = layout.computing()
+    places = (
+      _place(inner, gate, None, "ffw"),
+      _place(inner, up, None, "ffw"),
+      _place(inner, down, "ffw", None),
+    )
 
     def local(x: Any, weights: Any, chosen: Any, kernels: Kernels) -> Any:
-      count = kernels[0].shape[0]
+      count = jax.tree.leaves(kernels)[0].shape[0]
       first = jax.lax.axis_index(over) * count
       mixed = mix(x, weights, chosen - first, kernels, self.activation)
-      return jax.lax.psum(mixed, over + layout.mesh_axes("ffw"))
+      return jax.lax.psum(mixed, over + inner.mesh_axes("ffw"))
 
     return jax.shard_map(
       local,
@@ -122,7 +137,7 @@ def mix(
     kernels: of E experts.
     activation: of the gate.
   """
-  count, width = kernels[0].shape[0], x.shape[-1]
+  count, width = jax.tree.leaves(kernels)[0].shape[0], x.shape[-1]
   tokens = x.reshape(-1, width)
   expert = chosen.reshape(-1)
   expert = jnp.where((expert >= 0) & (expert < count), expert, count)
@@ -259,18 +274,36 @@ def _run_backward(
 _run.defvjp(_run_forward, _run_backward)
 
 
-def _of(kernels: Kernels, expert: Int[Array, ""]) -> tuple[jax.Array, ...]:
-  return tuple(
-    jax.lax.dynamic_index_in_dim(kernel, expert, keepdims=False)
-    for kernel in kernels
+def _place(
+  layout: Layout, kernel: Kernel, inputs: str | None, outputs: str | None
+) -> Any:
+  """The place of a kernel, and of its scales."""
+  if not isinstance(kernel, tuple):
+    return layout.spec(("experts", inputs, outputs), kernel.shape)
+  values, scale = kernel
+  return (
+    layout.spec(("experts", inputs, outputs), values.shape),
+    layout.spec(("experts", outputs), scale.shape),
+  )
+
+
+def _of(kernels: Kernels, expert: Int[Array, ""]) -> Kernels:
+  return jax.tree.map(
+    lambda kernel: jax.lax.dynamic_index_in_dim(kernel, expert, keepdims=False),
+    kernels,
   )
 
 
 def _mlp(
-  activation: str, x: Float[Array, "S D"], kernels: tuple[jax.Array, ...]
+  activation: str, x: Float[Array, "S D"], kernels: Kernels
 ) -> Float[Array, "S D"]:
+  def times(x: jax.Array, kernel: Kernel) -> jax.Array:
+    if not isinstance(kernel, tuple):
+      return layers.product("sd,df->sf", x, kernel)
+    values, scale = kernel
+    y = layers.product("sd,df->sf", x, values.astype(x.dtype))
+    return quantize.rescale(y, scale)
+
   gate, up, down = kernels
   activate = layers.ACTIVATIONS[activation]
-  inner = activate(layers.product("sd,df->sf", x, gate))
-  inner = inner * layers.product("sd,df->sf", x, up)
-  return layers.product("sf,fd->sd", inner, down)
+  return times(activate(times(x, gate)) * times(x, up), down)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from opd_jax.models import rope
+from opd_jax.models import quantize, rope
 from opd_jax.models.config import ModelConfig
 from opd_jax.sharding import Axes
 
@@ -69,6 +69,8 @@ class RMSNorm(nnx.Module):
 class Linear(nnx.Module):
   """Contracts the last dimensions of x with the first of a kernel.
 
+  `lora.attach` may add an adapter, whose output is added to the product.
+
   Args:
     inputs: sizes of the contracted dimensions.
     outputs: sizes of the dimensions in their place.
@@ -91,10 +93,12 @@ class Linear(nnx.Module):
     self.bias = (
       nnx.Param(jnp.zeros(outputs), axes=axes[len(inputs) :]) if bias else None
     )
+    self.kernel_scale = nnx.data(None)  # Of an int8 kernel, see `quantize`.
     dims = "abcd"[: len(inputs) + len(outputs)]
     contracted, free = dims[: len(inputs)], dims[len(inputs) :]
     self.equation = f"n{contracted},{dims}->n{free}"
     self.inputs = len(inputs)
+    self.adapter: Callable[[jax.Array], jax.Array] | None = nnx.data(None)
 
   def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
     """The product, in the dtype of x."""
@@ -102,6 +106,10 @@ class Linear(nnx.Module):
     lead = x.shape[: x.ndim - self.inputs]
     flat = x.reshape(-1, *x.shape[x.ndim - self.inputs :])
     y = product(self.equation, flat, self.kernel[...].astype(x.dtype))
+    if self.kernel_scale is not None:
+      y = quantize.rescale(y, self.kernel_scale[...])
+    if self.adapter is not None:
+      y = y + self.adapter(flat)
     y = y.reshape(*lead, *y.shape[1:])
     if self.bias is None:
       return y

@@ -12,46 +12,86 @@ from typing import Any
 import jax
 from flax import nnx
 
-from opd_jax.models import block, layers
+from opd_jax.models import block, experts, layers, quantize
+from opd_jax.models import lora as lora_lib
 from opd_jax.models.config import ModelConfig
+from opd_jax.models.lora import Lora
 from opd_jax.types import Params
 
 STACKED = "layers"
 
 
 def _builders(
-  config: ModelConfig,
+  config: ModelConfig, lora: Lora | None = None
 ) -> Mapping[str, Callable[[nnx.Rngs], nnx.Module]]:
   builders: dict[str, Callable[[nnx.Rngs], nnx.Module]] = {
     "embed": lambda rngs: layers.Embedding(config, rngs),
     STACKED: lambda rngs: block.Block(config, rngs),
     "final_norm": lambda rngs: layers.RMSNorm(config, config.hidden_size),
   }
+  if lora is not None:
+    builders[STACKED] = lambda rngs: lora_lib.attach(
+      block.Block(config, rngs), lora
+    )
   if not config.tie_embeddings:
     builders["lm_head"] = lambda rngs: layers.Embedding(config, rngs)
   return builders
 
 
+def _hold_int8(module: nnx.Module) -> None:
+  """Quantizes the kernels of a part; see `quantize`."""
+  for path, owner in list(nnx.iter_modules(module)):
+    if isinstance(owner, layers.Linear) and path[-1] != experts.ROUTER:
+      quantize.hold(owner, tuple(range(owner.inputs)))
+    elif isinstance(owner, experts.Stack):
+      quantize.hold(owner, (1,))
+
+
 @functools.cache
-def _abstract(config: ModelConfig) -> dict[str, tuple[Any, Any]]:
+def _abstract(
+  config: ModelConfig, lora: Lora | None, int8: bool
+) -> dict[str, tuple[Any, Any]]:
   """Structure and abstract weights of each part."""
-  parts = {}
-  for name, build in _builders(config).items():
-    module = nnx.eval_shape(
-      lambda build=build: build(nnx.Rngs(params=jax.random.key(0)))
-    )
-    parts[name] = nnx.split(module)
-  return parts
+
+  def make(build: Callable[[nnx.Rngs], nnx.Module]) -> nnx.Module:
+    module = build(nnx.Rngs(params=jax.random.key(0)))
+    if int8:
+      _hold_int8(module)
+    return module
+
+  return {
+    name: nnx.split(nnx.eval_shape(functools.partial(make, build)))
+    for name, build in _builders(config, lora).items()
+  }
 
 
-def part(config: ModelConfig, params: Params, name: str) -> Any:
-  """The module of one part with its weights (one layer's for "layers")."""
-  structure, _ = _abstract(config)[name]
-  return nnx.merge(structure, params[name])
+def part(
+  config: ModelConfig,
+  weights: Params,
+  name: str,
+  lora: Lora | None = None,
+  int8: bool = False,
+) -> Any:
+  """The module of one part with its weights (one layer's for "layers").
+
+  Args:
+    config: of the model.
+    weights: of the part; with adapters, if `lora` is given.
+    name: of the part.
+    lora: which adapters these are.
+    int8: whether kernels are held as `quantize` does.
+  """
+  structure, _ = _abstract(config, lora, int8)[name]
+  return nnx.merge(structure, weights)
 
 
-def shapes(config: ModelConfig) -> Params:
-  """A float32 `ShapeDtypeStruct` per weight."""
+def shapes(
+  config: ModelConfig, lora: Lora | None = None, int8: bool = False
+) -> Params:
+  """A `ShapeDtypeStruct` per weight, float32 but for int8 kernels.
+
+  Those of the adapters of `lora` are included.
+  """
   return {
     name: jax.tree.map(
       lambda leaf, name=name: jax.ShapeDtypeStruct(
@@ -60,12 +100,14 @@ def shapes(config: ModelConfig) -> Params:
       ),
       nnx.to_pure_dict(state),
     )
-    for name, (_, state) in _abstract(config).items()
+    for name, (_, state) in _abstract(config, lora, int8).items()
   }
 
 
-def axes(config: ModelConfig) -> Params:
-  """A tuple of logical axis names per weight."""
+def axes(
+  config: ModelConfig, lora: Lora | None = None, int8: bool = False
+) -> Params:
+  """A tuple of logical axis names per weight, as `shapes`."""
   return {
     name: nnx.to_pure_dict(
       jax.tree.map(
@@ -78,12 +120,15 @@ def axes(config: ModelConfig) -> Params:
         is_leaf=lambda node: isinstance(node, nnx.Variable),
       )
     )
-    for name, (_, state) in _abstract(config).items()
+    for name, (_, state) in _abstract(config, lora, int8).items()
   }
 
 
-def init(config: ModelConfig, key: jax.Array) -> Params:
-  """Random float32 weights: normal, deviation 0.02; norms, biases neutral."""
+def init(config: ModelConfig, key: jax.Array, int8: bool = False) -> Params:
+  """Random float32 weights: normal, deviation 0.02; norms, biases neutral.
+
+  With `int8`, kernels are those of the same weights.
+  """
   params = {}
   builders = _builders(config)
   for (name, build), part_key in zip(
@@ -92,6 +137,8 @@ def init(config: ModelConfig, key: jax.Array) -> Params:
 
     def weights(key: jax.Array, build=build) -> Params:
       module = build(nnx.Rngs(params=key))
+      if int8:
+        _hold_int8(module)
       return nnx.to_pure_dict(nnx.state(module))
 
     if name == STACKED:
