@@ -182,7 +182,7 @@ class BatchConfig:
     micro_batches: the gradient of an update is accumulated over so many parts
       of its batch inside the compiled step; every normaliser stays global.
     chunk_tokens: next-token distributions that exist at the same time, per
-      shard of the batch.
+      shard of the batch and of the sequence.
   """
 
   prompts: int = 16
@@ -226,7 +226,7 @@ class PackedBatchConfig:
       see each other.
     micro_batches: the gradient is accumulated over so many parts of the batch.
     chunk_tokens: next-token distributions that exist at the same time, per
-      shard of the batch.
+      shard of the batch and of the sequence.
   """
 
   rows: int = 16

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from opd_jax.models import HOST_MEMORY, Model, ModelConfig
-from opd_jax.models.attention import Blocks, scored
+from opd_jax.models.places import Blocks, scored
 from opd_jax.sharding import Layout
 from opd_jax.step import Step
 

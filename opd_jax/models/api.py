@@ -17,6 +17,7 @@ from opd_jax.models import lora as lora_lib
 from opd_jax.models.cache import CACHE_AXES, KVCache
 from opd_jax.models.config import ModelConfig
 from opd_jax.models.lora import Lora
+from opd_jax.models.places import Blocks
 from opd_jax.sharding import Axes, Layout
 from opd_jax.types import MASKED_LOGPROB, Params
 
@@ -346,7 +347,7 @@ class Model:
     keep_cache: bool = False,
   ) -> tuple[Float[Array, "B S D"], Any]:
     """Hidden states before the final norm, and all layers' keys and values."""
-    blocks = attention.Blocks.of(tokens.shape[1], self.layout)
+    blocks = Blocks.of(tokens.shape[1], self.layout)
     if blocks is None:
       same = None
       if segments is not None:
@@ -431,8 +432,8 @@ class Model:
       if keys is not None:
         window = config.window if local else None
         visible = layers.visible(queries, keys, window)
-      if same is not None:
-        visible &= same
+        if same is not None:
+          visible &= same
       turns = config.local_rope if local else None
       turn = rope.angles(turns or config.rope, config.head_size, queries)
       return _View(visible, *turn)
