@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from opd_jax.memory import Part, size_text
+from opd_jax.plan import hlo
 from opd_jax.plan.compiling import Account, Compiled, Overflow
 from opd_jax.plan.fit import Counted
 from opd_jax.plan.remedies import Remedy
@@ -324,7 +325,7 @@ def _decoding(decoding: Decoding) -> Iterator[str]:
     if move.excess > _EXCESS * decoding.moved:
       yield (
         f"  {size_text(move.excess)} more than it must: "
-        f"{move.operation.source or move.operation.name}"
+        f"{hlo.scope_of(move.operation.source) or move.operation.name}"
       )
   if decoding.gathers:
     yield "WEIGHTS ARE GATHERED IN THE DECODE LOOP:"
