@@ -382,7 +382,7 @@ class Model:
         keys, values = blocks.merge(keys, 2), blocks.merge(values, 2)
         mix = attention.BlockAttention(
           blocks=blocks,
-          layout=self.layout,
+          layout=self.layout.computing(),
           window=self.config.window,
           kinds=frozenset(self.config.local_layers),
           scalar=block.attention.scalar,
@@ -404,9 +404,10 @@ class Model:
     if blocks is None:
       return x, kept
     x = blocks.merge(x)
-    x = blocks.collect(x, ("batch", "sequence", None), self.layout)
+    computing = self.layout.computing()
+    x = blocks.collect(x, ("batch", "sequence", None), computing)
     return x, jax.tree.map(
-      lambda leaf: blocks.collect(leaf, CACHE_AXES, self.layout), kept
+      lambda leaf: blocks.collect(leaf, CACHE_AXES, computing), kept
     )
 
   def _views(
