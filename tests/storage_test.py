@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import sys
+import types
 
 import jax
 import numpy as np
@@ -12,13 +14,17 @@ from fsspec.implementations.memory import MemoryFileSystem
 from pyarrow import parquet
 from safetensors.numpy import save_file
 
-from opd_jax import spool, storage, tokenizer
+from opd_jax import saved, setup, spool, storage, tokenizer
+from opd_jax.config import RunConfig
 from opd_jax.data import files
 from opd_jax.errors import InputError
 from opd_jax.export import export
 from opd_jax.metrics import LOGS, Writer
-from opd_jax.models import hf
-from tests import pair
+from opd_jax.models import Model, hf
+from opd_jax.parsing import parse
+from opd_jax.sharding import TRAIN_RULES, Layout, make_mesh
+from opd_jax.train import train
+from tests import gcs, pair
 from tests.models import tiny
 
 # `fsspec.registry` is the module's mapping, not the module.
@@ -242,3 +248,57 @@ def test_a_local_workdir_needs_no_spool(tmp_path):
     (local.folder / "file").write_text("x")
   assert local.folder == tmp_path
   assert (tmp_path / "file").exists()
+
+
+@pytest.fixture
+def server(bucket, monkeypatch):
+  """The bucket over HTTP, for tensorstore; orbax asks what kind it is."""
+  server = gcs.serve(bucket)
+  address = f"http://localhost:{server.server_port}"
+  monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", address)
+  monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "token")
+  flat = types.SimpleNamespace(hierarchical_namespace_enabled=False)
+  client = types.SimpleNamespace(get_bucket=lambda name: flat)
+  google = types.ModuleType("google.cloud.storage")
+  google.Client = lambda: client
+  monkeypatch.setitem(sys.modules, google.__name__, google)
+  monkeypatch.setattr(
+    importlib.import_module("google.cloud"), "storage", google, raising=False
+  )
+  yield
+  server.shutdown()
+  server.server_close()
+
+
+def test_a_run_in_a_bucket_is_that_in_a_folder(
+  bucket, server, monkeypatch, tmp_path
+):
+  """It is cut after step 3 and resumed; logs, weights and figures agree."""
+  monkeypatch.setattr(
+    setup, "make_mesh", lambda sizes: make_mesh({}, jax.devices()[:1])
+  )
+  folder = pair.write_pair(tmp_path)
+  texts = (folder / "texts.jsonl").read_bytes()
+  bucket.pipe_file("gs://data/texts.jsonl", texts)
+  values = pair.config_of(folder, steps=5)
+  values["data"]["sources"]["texts"]["path"] = "gs://data/texts.jsonl"
+  root = storage.to_path("gs://runs/one")
+  train(parse(RunConfig, {**values, "steps": 3}), str(root))
+  found = train(parse(RunConfig, values), str(root))
+  local = train(parse(RunConfig, values), tmp_path / "run")
+  assert found.step == local.step == 5
+  assert found.after == local.after
+  samples = (root / "samples.jsonl").read_text()
+  assert samples == (tmp_path / "run" / "samples.jsonl").read_text()
+  assert json.loads((root / "summary.json").read_text())["step"] == 5
+  saved_run = saved.find_run("gs://runs/one")
+  assert saved_run.step == 5
+  model = Model(
+    saved_run.architecture,
+    Layout.create(make_mesh({}, jax.devices()[:1]), TRAIN_RULES),
+  )
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    hf.load("gs://runs/one/export", model),
+    hf.load(tmp_path / "run" / "export", model),
+  )
