@@ -41,7 +41,7 @@ class Checkpoints:
   """
 
   def __init__(
-    self, directory: epath.PathLike, config: CheckpointConfig | None
+    self, directory: str | storage.AnyPath, config: CheckpointConfig | None
   ):
     """Opens a folder of checkpoints.
 
