@@ -382,7 +382,7 @@ class Model:
         keys, values = blocks.merge(keys, 2), blocks.merge(values, 2)
         mix = attention.BlockAttention(
           blocks=blocks,
-          layout=self.layout,
+          layout=self.layout.computing(),
           window=self.config.window,
           kinds=frozenset(self.config.local_layers),
           scalar=block.attention.scalar,
@@ -403,10 +403,10 @@ class Model:
     x, kept = jax.lax.scan(step, x, (params[transformer.STACKED], local))
     if blocks is None:
       return x, kept
-    x = blocks.merge(x)
-    x = blocks.collect(x, ("batch", "sequence", None), self.layout)
+    layout = self.layout.computing()
+    x = blocks.collect(blocks.merge(x), ("batch", "sequence", None), layout)
     return x, jax.tree.map(
-      lambda leaf: blocks.collect(leaf, CACHE_AXES, self.layout), kept
+      lambda leaf: blocks.collect(leaf, CACHE_AXES, layout), kept
     )
 
   def _views(
