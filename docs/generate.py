@@ -12,6 +12,7 @@ import re
 import typing
 from pathlib import Path
 
+from benchmarks import plan as plans
 from benchmarks.study import results, tables
 from docs import objective_pages
 from docs.docstrings import (
@@ -81,6 +82,7 @@ SECTIONS = {
   "estimators": lambda: body(estimators),
   "findings": findings,
   "objectives": objective_pages.catalogue,
+  "plans": lambda: plans.table(plans.read()),
   "policy": lambda: f"{body(policy)}\n\n{body(policy.surrogate)}",
   "reductions": lambda: body(reduce.row_scale),
   "selection": lambda: body(selector),

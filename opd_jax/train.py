@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from opd_jax import flops, loop, preflight, processes, student
@@ -125,7 +124,7 @@ class Distillation:
   def compile(self, state: TrainState) -> None:
     """Loads the frozen models and compiles the step."""
     self._frozen = load_frozen(self.config, self._step.scorer)
-    inputs = _abstract_inputs(self._setup, self.student.layout)
+    inputs = self._setup.abstract_inputs(self.student.layout)
     self._programs.compile(state, self._frozen, inputs)
 
   def baseline(self) -> Mapping[str, float]:
@@ -410,34 +409,6 @@ def place_inputs(
     if threshold is None
     else layout.place(np.asarray(threshold, np.float32), ()),
     sources=None if batch.sources is None else place(batch.sources),
-  )
-
-
-def _abstract_inputs(setup: Setup, layout: Layout) -> StepInputs:
-  rows = setup.config.batch.prompts
-
-  def struct(shape: tuple[int, ...]) -> Any:
-    axes = ("batch",) + (None,) * (len(shape) - 1)
-    return jax.ShapeDtypeStruct(
-      shape, jnp.int32, sharding=layout.sharding(axes)
-    )
-
-  def prompts(window: int | None) -> Any:
-    if window is None:
-      return None
-    return PromptBatch(tokens=struct((rows, window)), lengths=struct((rows,)))
-
-  threshold: Any = None
-  if setup.config.rollout.replay_capacity is not None:
-    threshold = jax.ShapeDtypeStruct(
-      (), jnp.float32, sharding=layout.replicated()
-    )
-  return StepInputs(
-    prompts=prompts(setup.config.data.max_prompt_tokens),
-    teacher_prompts=prompts(setup.prompts.teacher_window),
-    given=prompts(setup.prompts.given_window),
-    replay_threshold=threshold,
-    sources=struct((rows,)) if len(setup.config.data.sources) > 1 else None,
   )
 
 

@@ -11,11 +11,25 @@ from collections.abc import Collection, Iterable
 import jax
 
 from opd_jax.memory.drawing import Decoding, sampling
-from opd_jax.memory.parts import Part, Phase, frozen, itemsize, shard_bytes
+from opd_jax.memory.parts import (
+  Part,
+  Phase,
+  frozen,
+  itemsize,
+  shard_bytes,
+  size_text,
+)
 from opd_jax.memory.updating import update
 from opd_jax.step import Step
 
-__all__ = ["Decoding", "Estimate", "Part", "estimate", "shard_bytes"]
+__all__ = [
+  "Decoding",
+  "Estimate",
+  "Part",
+  "estimate",
+  "shard_bytes",
+  "size_text",
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Memory of each device, before anything is placed on it."""
 
 from opd_jax import memory
-from opd_jax.memory import Decoding, Estimate
+from opd_jax.memory import Decoding, Estimate, size_text
 from opd_jax.preflight.report import Finding, Section, table
 from opd_jax.setup import Setup
 from opd_jax.step import Step
@@ -123,11 +123,3 @@ def _evaluation(setup: Setup, step: Step) -> Decoding | None:
     window=max(len(prompt.ids) for prompt in asked.prompts),
     length=asked.sampling.max_new_tokens,
   )
-
-
-def size_text(size: int) -> str:
-  """Bytes for people."""
-  for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-    if size >= unit:
-      return f"{size / unit:,.1f} {name}"
-  return f"{size} bytes"
