@@ -403,11 +403,10 @@ class Model:
     x, kept = jax.lax.scan(step, x, (params[transformer.STACKED], local))
     if blocks is None:
       return x, kept
-    x = blocks.merge(x)
-    computing = self.layout.computing()
-    x = blocks.collect(x, ("batch", "sequence", None), computing)
+    layout = self.layout.computing()
+    x = blocks.collect(blocks.merge(x), ("batch", "sequence", None), layout)
     return x, jax.tree.map(
-      lambda leaf: blocks.collect(leaf, CACHE_AXES, computing), kept
+      lambda leaf: blocks.collect(leaf, CACHE_AXES, layout), kept
     )
 
   def _views(
