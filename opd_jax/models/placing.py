@@ -24,6 +24,8 @@ from opd_jax.models import quantize
 GROUP_BYTES = 2**30
 # Tensors that are read at the same time: one stream of a bucket is slow.
 _READERS = 8
+# Rows of a file that are copied at a time.
+_STRIP = 64
 
 Index = tuple[slice, ...]
 # The block of a tensor that a device holds, from the tensor's number.
@@ -140,11 +142,24 @@ def _block(
   parts = found.reshape(-1, *sizes[stacked:])
 
   def fill(place: int) -> None:
-    parts[place] = read(int(here.flat[place]), index[stacked:])
+    _copy(read(int(here.flat[place]), index[stacked:]), parts[place])
 
   with ThreadPoolExecutor(_READERS) as pool:
     list(pool.map(fill, range(len(parts))))
   return found
+
+
+def _copy(source: np.ndarray, target: np.ndarray) -> None:
+  """Copies and casts in strips of what is outermost in the source's memory.
+
+  A transposed copy of a large matrix in one go misses the cache with every
+  number: a strip of 64 rows at a time is two to four times as fast.
+  """
+  axis = int(np.argmax(np.abs(source.strides)))
+  lead = (slice(None),) * axis
+  for start in range(0, source.shape[axis], _STRIP):
+    strip = (*lead, slice(start, start + _STRIP))
+    target[strip] = source[strip]
 
 
 def _empty(target: jax.ShapeDtypeStruct) -> jax.Array:
