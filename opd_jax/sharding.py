@@ -19,6 +19,9 @@ from opd_jax.errors import InputError
 
 MESH_AXES = ("replica", "fsdp", "tensor", "context", "expert")
 
+# The memory of a host that its devices read by themselves.
+HOST_MEMORY = "pinned_host"
+
 Axes = tuple[str | None, ...]
 
 TRAIN_RULES: Mapping[str, str | tuple[str, ...] | None] = {

@@ -1,7 +1,7 @@
 """Text to ids and back, and whether two models speak the same ids.
 
 The only importer of transformers, inside functions: the import takes seconds.
-Tokenizers are read from a folder, on this machine or in a bucket; no code of the
+Tokenizers are read from a folder, on this machine or in a bucket; no code of a
 checkpoint is run.
 """
 

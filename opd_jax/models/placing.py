@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from opd_jax.models import quantize
+from opd_jax.sharding import HOST_MEMORY
 
 # Of the host's memory; a single layer may take more.
 GROUP_BYTES = 2**30
@@ -91,7 +92,8 @@ def _layers_per_group(
   """A divisor of the layers, the same for every process."""
   layers = target.shape[0]
   shard = target.sharding.shard_shape(target.shape)
-  if not stacked or shard[0] != layers:
+  on_host = target.sharding.memory_kind == HOST_MEMORY
+  if not stacked or shard[0] != layers or on_host:
     return layers
   devices = math.ceil(target.sharding.num_devices / jax.process_count())
   layer = math.prod(shard[1:]) * jnp.dtype(dtype).itemsize * devices
