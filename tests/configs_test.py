@@ -217,7 +217,7 @@ def test_every_key_is_read():
     if path.parent == REPO / "opd_jax" / "config":
       continue
     source = path.read_text()
-    known = set(re.findall(r"\w+Config\b", source))
+    known = set(re.findall(r"\w+(?:Config|ModelSource)\b", source))
     for node in ast.walk(ast.parse(source)):
       if isinstance(node, ast.Attribute):
         owner = ast.unparse(node.value).rpartition(".")[2]
