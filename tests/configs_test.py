@@ -155,7 +155,11 @@ def test_config_tells_how_to_launch_it(name):
     (config_lib.SftConfig, "data.sources", ["longer than a packed row"]),
     (config_lib.RunConfig, "data.sources.x.path", ["TensorFlow Dataset"]),
     (config_lib.RunConfig, "teacher.path", ['"path": "Qwen/Qwen3-8B"']),
-    (config_lib.SftConfig, "student.path", ["`gs://bucket/folder`, or `org/name`"]),
+    (
+      config_lib.SftConfig,
+      "student.path",
+      ["`gs://bucket/folder`, or `org/name`"],
+    ),
   ],
 )
 def test_a_missing_key_is_explained(cls, key, parts):
