@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import rich.console
 
+from opd_jax import processes
 from opd_jax.checkpoint import Checkpoints
 from opd_jax.errors import InputError
 from opd_jax.export import export
@@ -20,6 +21,7 @@ from opd_jax.interrupts import Interrupts, Profiler
 from opd_jax.meter import Meter
 from opd_jax.metrics import Progress, Writer
 from opd_jax.models import Model
+from opd_jax.sharding import slices_of
 from opd_jax.summary import EXAMPLES, Summary
 from opd_jax.task import Data, Measurement, Task
 
@@ -97,6 +99,7 @@ def run(
       # --- Programs, before the first step. ---
       tell.print("compiling the step ...")
       task.compile(state)
+      processes.meet()
       tell.print(f"compiled in {task.compile_seconds:.1f} s")
 
       # --- The loop. ---
@@ -117,7 +120,7 @@ def run(
         for measurement in measurements:
           if everything or _due(measurement.every, done):
             with meter.paused():
-              values = measurement(state.params)
+              values = measurement(task.weights(state))
               record(values)
             found |= values
             # At once: what is measured next may fail, and end the run.
@@ -204,7 +207,7 @@ def run(
     folder = workdir / EXPORT_FOLDER
     if finished:
       export(
-        state.params,
+        task.weights(state),
         task.student,
         config.student.path,
         folder,
@@ -231,8 +234,10 @@ def devices(student: Model) -> str:
   """The devices of a run, in words."""
   mesh = student.layout.mesh
   sizes = [f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1]
+  slices = len(slices_of(list(mesh.devices.flat)))
   return (
     f"devices: {mesh.size} x {jax.devices()[0].device_kind}"
+    f"{f' in {slices} slices' if slices > 1 else ''}"
     f"{': ' + ' x '.join(sizes) if sizes else ''}"
   )
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 import jax
 import numpy as np
 
-from opd_jax import flops
+from opd_jax import chips
 from opd_jax.metrics import check_finite
 
 
@@ -115,9 +115,9 @@ def _utilisation(rate: float) -> dict[str, float]:
   """How busy a device is, from its operations per second, and its memory."""
   found = {"train/tflops_per_device": rate / 1e12}
   device = jax.local_devices()[0]
-  peak = flops.peak(device.device_kind)
-  if peak is not None:
-    found["train/mfu"] = rate / peak
+  chip = chips.find(device.device_kind)
+  if chip is not None:
+    found["train/mfu"] = rate / chip.flops
   memory = device.memory_stats() or {}
   if "peak_bytes_in_use" in memory:
     found["memory/peak_gib"] = memory["peak_bytes_in_use"] / 2**30

@@ -1,8 +1,8 @@
 """Text to ids and back, and whether two models speak the same ids.
 
 The only importer of transformers, inside functions: the import takes seconds.
-Tokenizers are read from a folder, on this machine or in a bucket; no code of a
-checkpoint is run.
+Tokenizers are read from a folder, on this machine or in a bucket; no code of
+the checkpoint is run.
 """
 
 import dataclasses

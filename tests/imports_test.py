@@ -22,6 +22,7 @@ BASE = {
   "parsing",
   "sharding",
   "sequences",
+  "processes",
   "storage",
 }
 TEXT = {"tokenizer", "templates", "arith", "data"}
@@ -44,8 +45,16 @@ MEASURES = {
   "evaluate",
   "rewards",
 }
-TOOLS = {"flops", "checkpoint", "metrics", "export", "meter", "summary"}
-RUN = CORE | MEASURES | TOOLS | {"task", "interrupts", "loop"}
+TOOLS = {
+  "chips",
+  "flops",
+  "checkpoint",
+  "metrics",
+  "export",
+  "meter",
+  "summary",
+}
+RUN = CORE | MEASURES | TOOLS | {"student", "task", "interrupts", "loop"}
 
 # module: what of opd_jax it may import.
 ALLOWED = {
@@ -57,6 +66,7 @@ ALLOWED = {
   "parsing": {"errors", "config"},
   "sharding": {"errors", "types", "config"},
   "sequences": {"errors", "types", "config"},
+  "processes": {"errors"},
   "storage": {"errors"},
   #
   "models": BASE,
@@ -78,26 +88,30 @@ ALLOWED = {
   #
   "verifiers": {"errors"},
   "estimates": set(),
+  "student": PARTS,
   "held_out": CORE,
   "generate": PARTS,
   "evaluate": PARTS | {"verifiers", "estimates", "generate"},
   "rewards": BASE | TEXT | {"verifiers"},
   #
+  "chips": set(),
   "flops": {"models"},
   "manifest": {"config", "errors"},
   "checkpoint": CORE | {"manifest"},
   "metrics": CORE | {"imports"},
   "export": CORE | {"checkpoint"},
-  "meter": {"types", "flops", "metrics"},
+  "meter": {"types", "chips", "metrics"},
   "summary": set(),
   #
   "task": {"config", "types", "models", "update", "meter"},
   "interrupts": {"types"},
   "loop": CORE | TOOLS | {"task", "interrupts"},
   "compatibility": PARTS | {"selector"},
-  "setup": CORE | MEASURES | {"task", "compatibility"},
+  "blueprint": CORE | {"compatibility"},
+  "setup": CORE | MEASURES | {"task", "compatibility", "blueprint", "student"},
   "memory": CORE,
   "preflight": CORE | {"setup", "memory"},
+  "plan": CORE | {"blueprint", "setup", "memory", "chips", "flops"},
   "train": RUN | {"setup", "preflight"},
   "sft": RUN | {"setup", "preflight"},
   "saved": RUN | {"sft"},
@@ -108,6 +122,7 @@ ALLOWED = {
   | {
     "setup",
     "preflight",
+    "plan",
     "train",
     "sft",
     "run_export",

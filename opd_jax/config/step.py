@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Literal
 
 from opd_jax.config.checks import require
@@ -46,15 +47,55 @@ class FrozenModelSource(ModelSource):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+  """Low-rank adapters (arXiv:2106.09685), without dropout.
+
+  Attributes:
+    rank: r, of each adapter.
+    alpha: what an adapter adds is multiplied by alpha / rank.
+    targets: products that get one, by the names of PEFT, such as "q_proj"; or
+      "all-linear" for all that may have one.
+  """
+
+  rank: int = 16
+  alpha: float = 32.0
+  targets: tuple[str, ...] = ("all-linear",)
+
+  def __post_init__(self):
+    require(self.rank >= 1, f"student.lora.rank must be >= 1, got {self.rank}")
+    require(
+      self.alpha > 0 and math.isfinite(self.alpha),
+      f"student.lora.alpha must be > 0, got {self.alpha}",
+    )
+    require(
+      len(self.targets) == len(set(self.targets)) > 0,
+      "student.lora.targets must be different names of products, such as "
+      f'("q_proj", "v_proj") or ("all-linear",), got {self.targets!r}',
+    )
+    require(
+      "all-linear" not in self.targets or len(self.targets) == 1,
+      'student.lora.targets: "all-linear" stands alone, got '
+      f"{self.targets!r}; leave out the others",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainedModelSource(ModelSource):
   """A Hugging Face checkpoint to start the training from.
 
   Attributes:
     remat: what the backward pass recomputes: "none" keeps every activation of
       a layer, "full" keeps a layer's input only, "dots" also keeps products.
+    lora: low-rank adapters to train in place of the weights, which stay as
+      they are, in `compute_dtype`; None to train all weights.
   """
 
   remat: Literal["none", "dots", "full"] = "none"
+  lora: LoraConfig | None = None
+
+  def as_frozen(self) -> FrozenModelSource:
+    """The same checkpoint as it is held where it is not trained."""
+    return FrozenModelSource(path=self.path, compute_dtype=self.compute_dtype)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,6 +108,14 @@ class SftStudentSource(TrainedModelSource):
   """
 
   init: Literal["checkpoint", "random"] = "checkpoint"
+
+  def __post_init__(self):
+    require(
+      self.lora is None or self.init == "checkpoint",
+      'student.init = "random", and student.lora would train adapters of '
+      "weights that are random; set student.lora to None, or "
+      'init to "checkpoint"',
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,7 +182,7 @@ class BatchConfig:
     micro_batches: the gradient of an update is accumulated over so many parts
       of its batch inside the compiled step; every normaliser stays global.
     chunk_tokens: next-token distributions that exist at the same time, per
-      shard of the batch.
+      shard of the batch and of the sequence.
   """
 
   prompts: int = 16
@@ -177,7 +226,7 @@ class PackedBatchConfig:
       see each other.
     micro_batches: the gradient is accumulated over so many parts of the batch.
     chunk_tokens: next-token distributions that exist at the same time, per
-      shard of the batch.
+      shard of the batch and of the sequence.
   """
 
   rows: int = 16
@@ -259,14 +308,21 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-  """Sizes of the mesh axes; -1 on one of them takes the remaining devices.
+  """Sizes of the mesh axes, and what is spread over them.
+
+  A size of -1, on one axis, takes the remaining devices.
 
   Attributes:
-    replica: data parallel, may span slices.
+    replica: data parallel. Several slices are spanned by it as far as it is a
+      multiple of them, by fsdp otherwise.
     fsdp: data parallel with weights and optimizer state spread over it.
     tensor: heads, feed-forward and vocabulary spread over it.
-    context: for the sequence; must be 1, nothing is spread over it yet.
+    context: slots of the rows spread over it, and of the cache.
     expert: data parallel, and the experts of a mixture spread over it.
+    train_rules: by name of a dimension, the mesh axes that it is spread over in
+      training, in place of the default: `{"vocab": ["tensor", "fsdp"],
+      "embed": []}`. Names and defaults are in `docs/design.md`.
+    decode_rules: the same while tokens are drawn.
   """
 
   replica: int = 1
@@ -274,9 +330,24 @@ class MeshConfig:
   tensor: int = 1
   context: int = 1
   expert: int = 1
+  train_rules: Mapping[str, tuple[str, ...]] = dataclasses.field(
+    default_factory=dict
+  )
+  decode_rules: Mapping[str, tuple[str, ...]] = dataclasses.field(
+    default_factory=dict
+  )
+
+  @property
+  def sizes(self) -> dict[str, int]:
+    """The sizes by axis."""
+    return {
+      field.name: getattr(self, field.name)
+      for field in dataclasses.fields(self)
+      if not field.name.endswith("_rules")
+    }
 
   def __post_init__(self):
-    sizes = dataclasses.asdict(self)
+    sizes = self.sizes
     for name, size in sizes.items():
       require(
         size >= 1 or size == -1,
@@ -286,8 +357,13 @@ class MeshConfig:
     require(
       len(free) <= 1, f"only one mesh axis may be -1, got {', '.join(free)}"
     )
-    require(
-      self.context == 1,
-      "mesh.context must be 1: nothing is spread over it yet, got "
-      f"{self.context}; use fsdp and tensor",
-    )
+    for key in ("train_rules", "decode_rules"):
+      for name, axes in getattr(self, key).items():
+        require(
+          isinstance(axes, list | tuple)
+          and all(axis in sizes for axis in axes)
+          and len(set(axes)) == len(axes),
+          f"mesh.{key}.{name} must list mesh axes, each of "
+          f"{', '.join(sizes)} at most once, got {axes!r}; [] spreads it over "
+          "none",
+        )

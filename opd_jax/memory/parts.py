@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from opd_jax.models import Model, ModelConfig
+from opd_jax.models.places import Blocks, scored
 from opd_jax.sharding import HOST_MEMORY, Layout
 from opd_jax.step import Step
 
@@ -100,6 +101,24 @@ def share(rows: int, layout: Layout) -> int:
   return rows if rows % shards else rows // shards
 
 
+def slots_of(slots: int, layout: Layout) -> int:
+  """Slots of a row on one device."""
+  return math.ceil(slots / layout.shards("sequence"))
+
+
+def attended(model: Model, rows: int, slots: int) -> int:
+  """Bytes of the scores of attention, of rows on one device.
+
+  In blocks, with the queries and the float32 sums of what they mix.
+  """
+  config = local(model.config, model.layout.shards("heads"))
+  size = 2 * scored(slots, model.layout) * 4
+  if Blocks.of(slots, model.layout) is not None:
+    held = slots_of(slots, model.layout) * config.head_size
+    size += held * (4 + itemsize(model))
+  return rows * config.num_heads * size
+
+
 def columns(model: Model) -> int:
   """Columns of the vocabulary on one device."""
   return model.config.padded_vocab_size // model.layout.shards("vocab")
@@ -108,3 +127,11 @@ def columns(model: Model) -> int:
 def itemsize(model: Model) -> int:
   """Bytes of a number of the compute dtype."""
   return jnp.dtype(model.compute_dtype).itemsize
+
+
+def size_text(size: int) -> str:
+  """Bytes for people."""
+  for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+    if size >= unit:
+      return f"{size / unit:,.1f} {name}"
+  return f"{size} bytes"

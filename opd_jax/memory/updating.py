@@ -10,14 +10,17 @@ import jax.numpy as jnp
 
 from opd_jax.memory.parts import (
   Part,
+  attended,
   columns,
   frozen,
   itemsize,
   local,
   shard_bytes,
   share,
+  slots_of,
 )
 from opd_jax.models import Model
+from opd_jax.scoring import Parameters
 from opd_jax.sharding import Layout, make_mesh
 from opd_jax.step import Step
 from opd_jax.types import Params, PromptBatch, ScoringBatch
@@ -34,21 +37,21 @@ def update(
   slots = window + length
   parts = step.mini_batches * step.micro_batches
   rows = share(rows // parts, student.layout)
-  gradients = shard_bytes(student.abstract_params())
+  gradients = shard_bytes(student.abstract_trained())
   if step.micro_batches > 1:
     yield Part(
       name="sum of the gradients",
       size=gradients,
       phase="update",
       exact=False,
-      formula="parameters x 4 bytes, over the micro-batches",
+      formula="trained parameters x 4 bytes, over the micro-batches",
     )
   yield Part(
     name="gradients",
     size=gradients,
     phase="backward pass",
     exact=False,
-    formula="parameters x 4 bytes",
+    formula="trained parameters x 4 bytes",
   )
   kept, layer = _activations(step, rows, window)
   yield Part(
@@ -57,23 +60,23 @@ def update(
     phase="update",
     exact=False,
     formula=(
-      f"kept for the backward pass, {rows} rows x {slots} slots, traced with "
+      f"kept for the backward pass, {rows} rows x "
+      f"{slots_of(slots, student.layout)} slots, traced with "
       f"student.remat = {student.remat!r}"
     ),
   )
   widths = sum(model.config.hidden_size * itemsize(model) for model in models)
   yield Part(
     name="hidden states",
-    size=2 * rows * length * widths,
+    size=2 * rows * slots_of(length, student.layout) * widths,
     phase="update",
     exact=False,
     formula="tokens x width of each model, twice",
   )
   attention = []
   for role, model in scored.items():
-    heads = model.config.num_heads // model.layout.shards("heads")
     seen = length + (window if role == "reference" else teacher_window)
-    attention.append((2 * rows * heads * seen * seen * 4, role))
+    attention.append((attended(model, rows, seen), role))
   if attention:
     size, role = max(attention)  # One model runs after the other.
     yield Part(
@@ -81,7 +84,7 @@ def update(
       size=size,
       phase="frozen forward",
       exact=False,
-      formula="rows x heads x slots x slots x 4 bytes, twice",
+      formula="rows x heads x scores x 4 bytes, twice",
     )
   chosen = length
   if step.selector is not None:
@@ -94,6 +97,7 @@ def update(
       formula="tokens that may be chosen x width of each model, twice",
     )
   # The pass that ranks all tokens has chunks of no more slots.
+  chosen = slots_of(chosen, student.layout)
   tokens = rows * min(max(step.scorer.chunk_tokens // max(1, rows), 1), chosen)
   width = sum(map(columns, models))
   yield Part(
@@ -131,15 +135,19 @@ def update(
 def _heads(models: list[Model]) -> int:
   """Bytes of the heads in the loop: the student's, its gradients, the others'.
 
-  The gradient is there as a sum, as that of a chunk, and where the batch is
-  spread as the sum over the devices.
+  The gradient is there as a sum, as that of a chunk, and where tokens are
+  spread as the sum over the devices; where adapters are trained, not at all.
   """
   student = models[0]
-  copies = 2 + (student.layout.shards("batch") > 1)
+  spread = student.layout.shards("batch") * student.layout.shards("sequence")
+  copies = 2 + (spread > 1)
+  if student.lora is not None:
+    copies = 0
   size = copies * columns(student) * student.config.hidden_size * 4
   for model in models:
     weights = columns(model) * model.config.hidden_size
-    master = 4 if model is student else itemsize(model)
+    trained = model is student and student.lora is None
+    master = 4 if trained else itemsize(model)
     if model.layout.shards("embed") > 1:
       size += weights * master
     if itemsize(model) != master:
@@ -150,6 +158,7 @@ def _heads(models: list[Model]) -> int:
 def _activations(step: Step, rows: int, window: int) -> tuple[int, int]:
   """Bytes kept for the backward pass, and those of a layer while it runs."""
   student = step.scorer.student
+  shards = student.layout.shards("sequence")
   one = Layout.create(
     make_mesh({}, jax.local_devices()[:1]), dict(student.layout.rules)
   )
@@ -159,7 +168,8 @@ def _activations(step: Step, rows: int, window: int) -> tuple[int, int]:
   def kept(model: Model, layers: int) -> list[int]:
     config = dataclasses.replace(model.config, num_layers=layers)
     model = dataclasses.replace(model, config=config)
-    return _residuals(step, model, rows, window)
+    found = _residuals(step, model, rows, window)
+    return [size // shards for size in found]
 
   total = sum(kept(alone, config.num_layers))
   if student.remat == "none":
@@ -174,22 +184,28 @@ def _residuals(step: Step, model: Model, rows: int, window: int) -> list[int]:
   scorer = dataclasses.replace(step.scorer, student=model)
   batch = _abstract_batch(rows, window, step.sampling.max_new_tokens)
   roles = step.objective.needs.gradient_roles()
-  trunk, _ = model.split_head(
-    jax.tree.map(
-      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
-      model.abstract_params(),
-    )
-  )
 
-  def backward(trunk: Params, batch: ScoringBatch) -> Any:
-    _, pull = jax.vjp(
-      lambda trunk: [scorer.hidden(role, trunk, batch) for role in roles],
-      trunk,
+  def unplaced(params: Params) -> Any:
+    return jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params
     )
+
+  trained, base = unplaced(model.abstract_trained()), None
+  if model.lora is None:
+    trained, _ = model.split_head(trained)
+  else:
+    base = unplaced(model.abstract_params(model.compute_dtype))
+
+  def backward(trained: Params, base: Params | None, batch: Any) -> Any:
+    def run(trained: Params) -> Any:
+      params = Parameters(student=trained, base=base).of("student")
+      return [scorer.hidden(role, params, batch) for role in roles]
+
+    _, pull = jax.vjp(run, trained)
     return pull
 
-  kept = jax.tree.leaves(jax.eval_shape(backward, trunk, batch))
-  weights = {leaf.shape for leaf in jax.tree.leaves(trunk)}
+  kept = jax.tree.leaves(jax.eval_shape(backward, trained, base, batch))
+  weights = {leaf.shape for leaf in jax.tree.leaves((trained, base))}
   return [
     math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize
     for leaf in kept

@@ -12,9 +12,12 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from opd_jax.errors import InputError
-from opd_jax.models import layers, quantize, rope, transformer
+from opd_jax.models import attention, layers, quantize, rope, transformer
+from opd_jax.models import lora as lora_lib
 from opd_jax.models.cache import CACHE_AXES, KVCache
 from opd_jax.models.config import ModelConfig
+from opd_jax.models.lora import Lora
+from opd_jax.models.places import Blocks
 from opd_jax.sharding import HOST_MEMORY, Axes, Layout
 from opd_jax.types import MASKED_LOGPROB, Params
 
@@ -27,9 +30,12 @@ _REMAT_POLICIES = {
 
 
 class _View(NamedTuple):
-  """What a layer knows of places: who sees whom, and the rotations."""
+  """What a layer knows of places: who sees whom, and the rotations.
 
-  visible: Bool[Array, "B T S"]
+  `visible` is None where attention runs in blocks, which find it themselves.
+  """
+
+  visible: Bool[Array, "B T S"] | None
   cosine: Float[Array, "B T 1 H2"]
   sine: Float[Array, "B T 1 H2"]
 
@@ -55,6 +61,8 @@ class Model:
       a model that is not trained; None for floats.
     offload: the kernels of the layers lie in the hosts' memory, of a model not
       trained; inside a loop over the layers each is brought to the device.
+    lora: the adapters that weights may have; those without are the base, or
+      merged. None if there are never any.
   """
 
   config: ModelConfig
@@ -63,13 +71,14 @@ class Model:
   remat: str = "none"
   weight_dtype: str | None = None
   offload: bool = False
+  lora: Lora | None = None
 
   def logical_axes(self) -> Params:
-    """A tuple of logical axis names per weight."""
-    return transformer.axes(self.config, self._int8)
+    """A tuple of logical axis names per weight, without adapters."""
+    return transformer.axes(self.config, int8=self._int8)
 
   def abstract_params(self, dtype: str = "float32") -> Params:
-    """A `ShapeDtypeStruct` with its sharding per weight.
+    """A `ShapeDtypeStruct` with its sharding per weight, without adapters.
 
     Args:
       dtype: of all weights but int8 kernels and their scales.
@@ -78,18 +87,31 @@ class Model:
       InputError: the mesh does not divide a dimension, or its devices cannot
         read what is offloaded.
     """
-    shapes = transformer.shapes(self.config, self._int8)
-    shardings = self.layout.tree_shardings(self.logical_axes(), shapes)
+    shapes = transformer.shapes(self.config, int8=self._int8)
+    return self._abstract(shapes, self.logical_axes(), dtype)
+
+  def abstract_trained(self) -> Params:
+    """The same of what is trained: float32 weights, or adapters alone."""
+    if self.lora is None:
+      return self.abstract_params()
+    shapes, axes = (
+      lora_lib.only(describe(self.config, self.lora))
+      for describe in (transformer.shapes, transformer.axes)
+    )
+    return self._abstract(shapes, axes, "float32")
+
+  def _abstract(self, shapes: Params, axes: Params, dtype: str) -> Params:
+    places = self.layout.tree_shardings(axes, shapes)
     if self.offload:
-      shardings = jax.tree.map_with_path(_on_host, shardings)
+      places = jax.tree.map_with_path(_on_host, places)
     return jax.tree.map_with_path(
-      lambda path, leaf, sharding: jax.ShapeDtypeStruct(
+      lambda path, leaf, place: jax.ShapeDtypeStruct(
         leaf.shape,
         leaf.dtype if quantize.decides_dtype(path, leaf) else dtype,
-        sharding=sharding,
+        sharding=place,
       ),
       shapes,
-      shardings,
+      places,
     )
 
   def init(self, key: PRNGKeyArray, dtype: str = "float32") -> Params:
@@ -105,13 +127,23 @@ class Model:
 
     return jax.jit(make, out_shardings=shardings)(key)
 
+  def init_adapters(self, key: PRNGKeyArray) -> Params:
+    """Adapters that add nothing yet; see `lora`."""
+    abstract = self.abstract_trained()
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    start = functools.partial(lora_lib.init, abstract)
+    return jax.jit(start, out_shardings=shardings)(key)
+
   def working_copy(self, params: Params) -> Params:
     """Weights in the compute dtype and in this layout; for use inside jit.
 
     Scales of norms keep their dtype: they are applied in float32, and rounding
     them would only add to the mismatch between decoding and scoring. So do int8
-    kernels and their scales.
+    kernels and their scales. Adapters are merged.
     """
+    lora = self._lora_of(params)
+    if lora is not None:
+      params = lora_lib.merge(params, lora, self.compute_dtype)
 
     def cast(path: Any, leaf: Array) -> Array:
       return leaf if _keeps(path, leaf) else leaf.astype(self.compute_dtype)
@@ -122,6 +154,8 @@ class Model:
 
   def is_working_copy(self, params: Params) -> bool:
     """Whether `working_copy` would change neither dtype nor place."""
+    if self._lora_of(params) is not None:
+      return False
     places = self.layout.tree_shardings(self.logical_axes(), params)
     found = jax.tree_util.tree_map_with_path(
       lambda path, leaf, place: (
@@ -158,11 +192,7 @@ class Model:
       segments: which of several texts in its row a slot belongs to; None for
         one text a row.
     """
-    same = None
-    if segments is not None:
-      same = segments[:, :, None] == segments[:, None, :]
-    view = self._views(positions, positions, same)
-    x, _ = self._forward(params, tokens, view, keep_cache=False)
+    x, _ = self._forward(params, tokens, positions, segments)
     return self._rows(self._part(params, "final_norm")(x))
 
   def logits(
@@ -187,8 +217,9 @@ class Model:
     return self._rows(jnp.where(real, scores, MASKED_LOGPROB), "vocab")
 
   def init_cache(self, batch: int, slots: int) -> KVCache:
-    """An empty cache."""
+    """An empty cache; of more slots where the mesh would not divide them."""
     config = self.config
+    slots += -slots % self.layout.shards("sequence")
     shape = (
       config.num_layers,
       batch,
@@ -218,15 +249,17 @@ class Model:
       tokens: `sequences.right_align`ed ids, so that slot P - 1 holds the last
         id of every prompt.
       positions: of the ids; -1 in the empty slots before them.
-      slots: S >= P, of the cache.
+      slots: S >= P, of the cache; it has more where the mesh would not divide
+        them, which stay empty.
 
     Returns:
       The hidden state of slot P - 1 behind the final norm, and the cache with
       its first P slots written.
     """
-    view = self._views(positions, positions)
-    x, (keys, values) = self._forward(params, tokens, view, keep_cache=True)
-    free = slots - tokens.shape[1]
+    x, (keys, values) = self._forward(
+      params, tokens, positions, keep_cache=True
+    )
+    free = slots - tokens.shape[1] + -slots % self.layout.shards("sequence")
     padding = ((0, 0), (0, 0), (0, 0), (0, free), (0, 0))
     cache = KVCache(
       keys=jnp.pad(keys, padding),
@@ -305,40 +338,84 @@ class Model:
     self,
     params: Params,
     tokens: Int[Array, "B S"],
-    view_of: Callable[[Bool[Array, ""]], _View],
-    keep_cache: bool,
+    positions: Int[Array, "B S"],
+    segments: Int[Array, "B S"] | None = None,
+    keep_cache: bool = False,
   ) -> tuple[Float[Array, "B S D"], Any]:
     """Hidden states before the final norm, and all layers' keys and values."""
+    blocks = Blocks.of(tokens.shape[1], self.layout)
+    if blocks is None:
+      same = None
+      if segments is not None:
+        same = segments[:, :, None] == segments[:, None, :]
+      view_of = self._views(positions, positions, same)
+    else:
+      tokens, positions = blocks.deal(tokens, 0), blocks.deal(positions, -1)
+      if segments is not None:
+        segments = blocks.deal(segments, -1)
+      view_of = self._views(blocks.split(positions), None)
+    layout = self.layout.in_shard("sequence")
+    alone = dataclasses.replace(self, layout=layout)
 
     def step(x, scanned):
       weights, local = scanned
       block = self._part({transformer.STACKED: weights}, transformer.STACKED)
       view = view_of(local)
-      query, (keys, values) = block.attention.project(
-        block.attention_norm(x), view.cosine, view.sine
-      )
-      mixed = block.attention.mix(query, keys, values, view.visible)
-      x = block.finish(x, mixed, self.layout)
-      return self._rows(x), (keys, values) if keep_cache else None
+
+      def project(x, cosine, sine):
+        return block.attention.project(block.attention_norm(x), cosine, sine)
+
+      def finish(x, mixed):
+        return alone._rows(block.finish(x, mixed, alone.layout))
+
+      if blocks is None:
+        query, (keys, values) = project(x, view.cosine, view.sine)
+        mixed = block.attention.mix(query, keys, values, view.visible)
+        x = finish(x, mixed)
+      else:
+        project = blocks.by_shard(project, self.layout)
+        query, (keys, values) = project(x, view.cosine, view.sine)
+        keys, values = blocks.merge(keys, 2), blocks.merge(values, 2)
+        mix = attention.BlockAttention(
+          blocks=blocks,
+          layout=self.layout,
+          window=self.config.window,
+          kinds=frozenset(self.config.local_layers),
+          scalar=block.attention.scalar,
+          cap=block.attention.cap,
+        )
+        places = attention.Places(positions, segments, local)
+        mixed = mix(blocks.merge(query), keys, values, places)
+        x = blocks.by_shard(finish, self.layout)(x, blocks.split(mixed))
+      return x, (keys, values) if keep_cache else None
 
     if self.remat != "none":
       policy = _REMAT_POLICIES[self.remat]
       step = jax.checkpoint(step, policy=policy, prevent_cse=False)
     x = self._embed(params, tokens)
+    if blocks is not None:
+      x = blocks.split(x)
     local = jnp.asarray(self.config.is_local)
-    return jax.lax.scan(step, x, (params[transformer.STACKED], local))
+    x, kept = jax.lax.scan(step, x, (params[transformer.STACKED], local))
+    if blocks is None:
+      return x, kept
+    x = blocks.merge(x)
+    x = blocks.collect(x, ("batch", "sequence", None), self.layout)
+    return x, jax.tree.map(
+      lambda leaf: blocks.collect(leaf, CACHE_AXES, self.layout), kept
+    )
 
   def _views(
     self,
     queries: Int[Array, "B T"],
-    keys: Int[Array, "B S"],
+    keys: Int[Array, "B S"] | None,
     same: Bool[Array, "B T S"] | None = None,
   ) -> Callable[[Bool[Array, ""]], _View]:
     """Views by kind of layer; both kinds are made once, for all layers.
 
     Args:
       queries: positions.
-      keys: positions.
+      keys: positions; None where nobody asks who sees whom.
       same: whether query and key are of the same text; None if all are.
 
     Returns:
@@ -347,9 +424,12 @@ class Model:
     config = self.config
 
     def view(local: bool) -> _View:
-      visible = _visible(queries, keys, config.window if local else None)
-      if same is not None:
-        visible &= same
+      visible = None
+      if keys is not None:
+        window = config.window if local else None
+        visible = layers.visible(queries, keys, window)
+        if same is not None:
+          visible &= same
       turns = config.local_rope if local else None
       turn = rope.angles(turns or config.rope, config.head_size, queries)
       return _View(visible, *turn)
@@ -384,15 +464,20 @@ class Model:
     weights = params[name]
     if self.offload and name == transformer.STACKED:
       weights = jax.device_put(weights, jax.memory.Space.Device)
-    return transformer.part(self.config, {name: weights}, name, self._int8)
+    lora = self._lora_of(weights)
+    return transformer.part(self.config, weights, name, lora, self._int8)
 
   @property
   def _int8(self) -> bool:
     return self.weight_dtype == "int8"
 
+  def _lora_of(self, params: Params) -> Lora | None:
+    """The adapters that these weights have."""
+    return self.lora if self.lora and lora_lib.only(params) else None
+
   def _rows(self, x: jax.Array, last: str | None = None) -> jax.Array:
     """Places an array by its rows, and by its last dimension's name."""
-    axes = ("batch", *(None,) * (x.ndim - 2))[: x.ndim - 1]
+    axes = ("batch", "sequence", *(None,) * x.ndim)[: x.ndim - 1]
     return self._place(x, (*axes, last))
 
   def _place_cache(self, cache: KVCache) -> KVCache:
@@ -403,13 +488,8 @@ class Model:
     )
 
   def _place(self, x: jax.Array, axes: Axes) -> jax.Array:
-    """Pins an array to its place; rows too few to spread are replicated."""
-    shards = self.layout.shards("batch")
-    fitting = tuple(
-      None if name == "batch" and size % shards else name
-      for name, size in zip(axes, x.shape, strict=True)
-    )
-    return self.layout.constrain(x, fitting)
+    """Pins an array to its place; what is too small is replicated."""
+    return self.layout.constrain(x, self.layout.fitting(axes, x.shape))
 
 
 def _on_host(path: Any, place: NamedSharding) -> NamedSharding:
@@ -431,12 +511,3 @@ def _on_host(path: Any, place: NamedSharding) -> NamedSharding:
 def _keeps(path: Any, leaf: Array) -> bool:
   """Whether a weight has the same dtype in a working copy."""
   return path[-1].key == "scale" or quantize.decides_dtype(path, leaf)
-
-
-def _visible(
-  queries: Int[Array, "B T"], keys: Int[Array, "B S"], window: int | None
-) -> Bool[Array, "B T S"]:
-  """Which slots a query may see; see `Model`."""
-  queries, keys = queries[:, :, None], keys[:, None, :]
-  visible = (keys >= 0) & (keys <= queries)
-  return visible if window is None else visible & (keys > queries - window)

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from opd_jax.sharding import Axes
 
-CACHE_AXES: Axes = ("layers", "batch", "kv_heads", None, "head_size")
+CACHE_AXES: Axes = ("layers", "batch", "kv_heads", "sequence", "head_size")
 
 
 @jax.tree_util.register_dataclass

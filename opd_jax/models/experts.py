@@ -99,17 +99,18 @@ class Experts(nnx.Module):
     )
     spread = len(x) % layout.shards("batch") == 0
     rows = PartitionSpec(apart if spread else None)
+    inner = layout.computing()
     places = (
-      _place(layout, gate, None, "ffw"),
-      _place(layout, up, None, "ffw"),
-      _place(layout, down, "ffw", None),
+      _place(inner, gate, None, "ffw"),
+      _place(inner, up, None, "ffw"),
+      _place(inner, down, "ffw", None),
     )
 
     def local(x: Any, weights: Any, chosen: Any, kernels: Kernels) -> Any:
       count = jax.tree.leaves(kernels)[0].shape[0]
       first = jax.lax.axis_index(over) * count
       mixed = mix(x, weights, chosen - first, kernels, self.activation)
-      return jax.lax.psum(mixed, over + layout.mesh_axes("ffw"))
+      return jax.lax.psum(mixed, over + inner.mesh_axes("ffw"))
 
     return jax.shard_map(
       local,

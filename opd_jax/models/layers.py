@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from opd_jax.models import quantize, rope
 from opd_jax.models.config import ModelConfig
@@ -69,6 +69,8 @@ class RMSNorm(nnx.Module):
 class Linear(nnx.Module):
   """Contracts the last dimensions of x with the first of a kernel.
 
+  `lora.attach` may add an adapter, whose output is added to the product.
+
   Args:
     inputs: sizes of the contracted dimensions.
     outputs: sizes of the dimensions in their place.
@@ -96,6 +98,7 @@ class Linear(nnx.Module):
     contracted, free = dims[: len(inputs)], dims[len(inputs) :]
     self.equation = f"n{contracted},{dims}->n{free}"
     self.inputs = len(inputs)
+    self.adapter: Callable[[jax.Array], jax.Array] | None = nnx.data(None)
 
   def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
     """The product, in the dtype of x."""
@@ -105,6 +108,8 @@ class Linear(nnx.Module):
     y = product(self.equation, flat, self.kernel[...].astype(x.dtype))
     if self.kernel_scale is not None:
       y = quantize.rescale(y, self.kernel_scale[...])
+    if self.adapter is not None:
+      y = y + self.adapter(flat)
     y = y.reshape(*lead, *y.shape[1:])
     if self.bias is None:
       return y
@@ -130,6 +135,15 @@ class Embedding(nnx.Module):
 def soft_cap(scores: Float[Array, "..."], cap: float) -> Float[Array, "..."]:
   """The scores bent into (-cap, cap): cap * tanh(scores / cap)."""
   return jnp.tanh(scores / cap) * cap
+
+
+def visible(
+  queries: Int[Array, "B T"], keys: Int[Array, "B S"], window: int | None
+) -> Bool[Array, "B T S"]:
+  """Which slots a query may see, by positions; see `Model`."""
+  queries, keys = queries[:, :, None], keys[:, None, :]
+  seen = (keys >= 0) & (keys <= queries)
+  return seen if window is None else seen & (keys > queries - window)
 
 
 def attend(

@@ -1,0 +1,504 @@
+"""What a compiled program moves: bytes and collectives, loop by loop.
+
+Counted from the optimised HLO text, so from the program that will run. Of each
+operation the arrays in the device's main memory (HBM) count that it reads or
+writes, with the padding of their tiles:
+
+  - a fusion or a slice reads the slice that it takes, not the whole array;
+  - a `dynamic-update-slice` in place writes the slice that it sets;
+  - what the compiler placed in on-chip memory (VMEM) moves nothing, the copy
+    there reads once;
+  - bitcasts, tuples, constants and indices move nothing;
+  - of branches the costliest runs.
+
+Not seen: what a custom call (a Pallas kernel) does inside; it counts as reading
+its operands and writing its results once.
+"""
+
+import dataclasses
+import itertools
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from opd_jax.plan.hlo_text import (
+  Computation,
+  Instruction,
+  Module,
+  Shape,
+  group,
+  parse,
+)
+from opd_jax.plan.traffic import Collective, Loop, Operation, Read
+
+COLLECTIVES = (
+  "all-gather",
+  "all-reduce",
+  "all-to-all",
+  "collective-broadcast",
+  "collective-permute",
+  "ragged-all-to-all",
+  "reduce-scatter",
+)
+
+_FREE = {"add-dependency", "after-all", "partition-id", "replica-id"}
+# Custom calls that are no work.
+_FREE_CALLS = (
+  "AllocateBuffer",
+  "AssumeGatherIndicesInBound",
+  "ConcatBitcast",
+  "Sharding",
+)
+# What hands an array on as it is, to see where it comes from or goes.
+_SAME = {"bitcast", "opt-barrier", "optimization-barrier", "reshape"}
+_CAST = {"convert", "copy", "transpose"}
+_TAKES = {"dynamic-slice", "gather", "slice"}
+# What sets a part of its first operand, and the operand that is set.
+_SETS = {"dynamic-update-slice": 1, "scatter": 2}
+
+# A value of so few elements is an index, or as cheap as one.
+_FEW = 16
+
+_SCOPE = re.compile(r"(?:[^/\"(]|\((?:[^()]|\([^()]*\))*\))+")
+_NO_SCOPE = re.compile(r"(jit\(|pjit\(|(closed_call|while|body|cond)$)")
+
+
+def analyse(text: str, turns: Mapping[str, int] | None = None) -> Loop:
+  """The program as a tree of loops.
+
+  Args:
+    text: of the optimised module: `compiled.as_text()`.
+    turns: of loops whose number the compiler cannot know, by scope: those of
+      the outermost loop inside it.
+
+  Raises:
+    ValueError: the text is no optimised HLO module.
+  """
+  module = parse(text)
+  arguments = {
+    index: _Array(name=parameter.name, fixed=True)
+    for index, parameter in module.entry.parameters.items()
+  }
+  program = _Body(module, module.entry, arguments).loop(
+    scope="", name="", turns=1, carried=frozenset(_names(arguments.values()))
+  )
+  for scope, count in (turns or {}).items():
+    found = program.find(scope)
+    if found is not None:
+      program = _with_turns(program, found, count)
+  return program
+
+
+def scope_of(op_name: str) -> str:
+  """The scopes of a JAX name, without what its loops and calls add."""
+  names = _SCOPE.findall(op_name)
+  return "/".join(name for name in names if not _NO_SCOPE.match(name))
+
+
+def _with_turns(loop: Loop, found: Loop, count: int) -> Loop:
+  if loop is found:
+    return dataclasses.replace(loop, turns=count)
+  loops = tuple(_with_turns(inner, found, count) for inner in loop.loops)
+  return dataclasses.replace(loop, loops=loops)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Array:
+  """Where the value of an instruction lies.
+
+  Attributes:
+    name: of the memory.
+    fixed: no loop around it changes it.
+    number: its value, if it is a constant integer.
+  """
+
+  name: str
+  fixed: bool
+  number: int | None = None
+
+
+# A tuple where the instruction's value is one.
+_Value = _Array | tuple["_Value", ...]
+
+
+def _arrays(value: _Value) -> Iterator[_Array]:
+  if isinstance(value, _Array):
+    yield value
+  else:
+    for part in value:
+      yield from _arrays(part)
+
+
+def _names(values: Iterable[_Value]) -> Iterator[str]:
+  return (array.name for value in values for array in _arrays(value))
+
+
+def _element(value: _Value, index: int) -> _Value:
+  return value[index] if isinstance(value, tuple) else value
+
+
+def _changing(value: _Value) -> _Value:
+  """The same memory, of which every turn makes something else."""
+  if isinstance(value, _Array):
+    return dataclasses.replace(value, fixed=False, number=None)
+  return tuple(_changing(part) for part in value)
+
+
+class _Body:
+  """What one turn of a computation does, its arguments being known."""
+
+  def __init__(
+    self,
+    module: Module,
+    computation: Computation,
+    arguments: Mapping[int, _Value],
+  ):
+    self.module = module
+    self.computation = computation
+    self.values: dict[str, _Value] = {}
+    self.operations: list[Operation] = []
+    self.collectives: list[Collective] = []
+    self.loops: list[Loop] = []
+    for instruction in computation.instructions.values():
+      self.values[instruction.name] = (
+        arguments[instruction.index]
+        if instruction.opcode == "parameter"
+        else self._run(instruction)
+      )
+
+  def loop(
+    self, *, scope: str, name: str, turns: int | None, carried: frozenset[str]
+  ) -> Loop:
+    return Loop(
+      scope=scope,
+      name=name,
+      turns=turns,
+      operations=tuple(self.operations),
+      collectives=tuple(self.collectives),
+      loops=tuple(self.loops),
+      carried=carried,
+    )
+
+  def _run(self, instruction: Instruction) -> _Value:
+    """Notes what an instruction does, and says where its value lies."""
+    operands = [self.values[name] for name in instruction.operands]
+    match instruction.opcode:
+      case "constant":
+        text = instruction.payload
+        number = int(text) if text.lstrip("-").isdigit() else None
+        return _Array(name=instruction.name, fixed=True, number=number)
+      case "tuple":
+        return tuple(operands)
+      case "get-tuple-element":
+        return _element(operands[0], instruction.index)
+      case "bitcast" | "opt-barrier" | "optimization-barrier":
+        return operands[0]
+      case "while":
+        return self._while(instruction, operands[0])
+      case "call" | "async-start":
+        return self._call(instruction.called[0], operands)
+      case "conditional":
+        return self._conditional(instruction, operands)
+      case "copy-done" | "async-done" | "async-update":
+        return operands[0]
+      case _:
+        return self._operation(instruction, operands)
+
+  def _while(self, instruction: Instruction, start: _Value) -> _Value:
+    body, condition = (
+      self.module.computations[instruction.called_as(role)]
+      for role in ("body", "condition")
+    )
+    changed = _changed(body)
+    arguments = tuple(
+      _changing(part) if index in changed else part
+      for index, part in enumerate(start if isinstance(start, tuple) else ())
+    )
+    found = _Body(self.module, body, {0: arguments})
+    turns = instruction.trips
+    if turns is None:
+      turns = _turns(condition, body, start)
+    self.loops.append(
+      found.loop(
+        scope=scope_of(instruction.op_name),
+        name=instruction.name,
+        turns=turns,
+        carried=frozenset(_names([start])),
+      )
+    )
+    return arguments
+
+  def _call(self, name: str, operands: Sequence[_Value]) -> _Value:
+    computation = self.module.computations[name]
+    inner = _Body(self.module, computation, dict(enumerate(operands)))
+    self._take(inner)
+    return inner.values[computation.root]
+
+  def _conditional(
+    self, instruction: Instruction, operands: Sequence[_Value]
+  ) -> _Value:
+    bodies = [
+      _Body(self.module, self.module.computations[name], {0: operand})
+      for name, operand in zip(instruction.called, operands[1:], strict=True)
+    ]
+    whole = lambda body: body.loop(
+      scope="", name="", turns=1, carried=frozenset()
+    ).bytes_per_turn()
+    costliest = max(bodies, key=whole)
+    self._take(costliest)
+    return costliest.values[costliest.computation.root]
+
+  def _take(self, inner: "_Body") -> None:
+    self.operations += inner.operations
+    self.collectives += inner.collectives
+    self.loops += inner.loops
+
+  def _operation(
+    self, instruction: Instruction, operands: Sequence[_Value]
+  ) -> _Value:
+    """An operation that computes or copies."""
+    opcode = instruction.opcode
+    # An index, of a layer say, does not make other data of what is taken.
+    data = [n for n in instruction.operands if not self._is_scalar(n)]
+    fixed = all(
+      array.fixed
+      for name in data or instruction.operands
+      for array in _arrays(self.values[name])
+    )
+    # A collective inside a fusion, or wrapped to run beside other work.
+    self.collectives += _collectives(
+      self.module, self.computation, instruction, fixed
+    )
+    numbers = {array.number for o in operands for array in _arrays(o)}
+    new = _Array(
+      name=instruction.name,
+      fixed=fixed,
+      number=numbers.pop() if opcode in ("copy", "copy-start") else None,
+    )
+    if opcode in _FREE or opcode.endswith("-done"):
+      return new
+    if opcode == "custom-call" and any(
+      f'"{name}"' in instruction.attributes for name in _FREE_CALLS
+    ):
+      return new
+    taken = {
+      name: self._read(instruction, name, size)
+      for name in dict.fromkeys(instruction.operands)
+      if (size := self._size(name)) and not self._is_scalar(name)
+    }
+    reads = tuple(
+      Read(array=array.name, bytes=size, whole=self._size(name))
+      for name, size in taken.items()
+      if size
+      for array in itertools.islice(_arrays(self.values[name]), 1)
+    )
+    written, updated, results = 0, 0, []
+    for shape, target, part in _results(
+      self.module, self.computation, instruction
+    ):
+      if target is None:
+        written += shape.hbm if math.prod(shape.sizes) > _FEW else 0
+        results.append(new)
+      else:
+        updated += part if shape.space == 0 else 0
+        (base, *_) = _arrays(operands[target])
+        results.append(dataclasses.replace(base, fixed=False, number=None))
+    if reads or written or updated:
+      self.operations.append(
+        Operation(
+          name=instruction.name,
+          opcode=opcode,
+          source=instruction.op_name,
+          reads=reads,
+          written=written,
+          updated=updated,
+        )
+      )
+    return tuple(results) if len(results) > 1 else results[0]
+
+  def _read(self, instruction: Instruction, name: str, whole: int) -> int:
+    """Bytes that an operation reads of an operand of `whole` bytes."""
+    opcode = instruction.opcode.removesuffix("-start")
+    if opcode in _SETS and name == instruction.operands[0]:
+      return 0
+    if opcode in _TAKES or opcode == "fusion":
+      return _taken(self.module, self.computation, instruction, name, whole)
+    return whole
+
+  def _size(self, name: str) -> int:
+    """Bytes of a value in HBM."""
+    shapes = self.computation.instructions[name].shapes
+    return sum(shape.hbm for shape in shapes)
+
+  def _is_scalar(self, name: str) -> bool:
+    """Whether a value is a number or a few: an index, not data."""
+    shapes = self.computation.instructions[name].shapes
+    return sum(math.prod(shape.sizes) for shape in shapes) <= _FEW
+
+
+def _taken(
+  module: Module,
+  computation: Computation,
+  user: Instruction,
+  name: str,
+  whole: int,
+  partly_set: bool = False,
+) -> int:
+  """Bytes that a user reads of an array of `whole` bytes."""
+  first = user.operands.index(name) == 0
+  opcode = user.opcode.removesuffix("-start")
+  shape = computation.instructions[name].shapes[0]
+  if opcode in _TAKES and first and user.operands.count(name) == 1:
+    # Of an asynchronous slice the result is behind the operand.
+    taken = user.shapes[1 if user.opcode.endswith("-start") else 0]
+    return min(whole, taken.elements * shape.bits // 8)
+  if opcode in _SETS and first:
+    return _used(module, computation, user, whole, True)
+  if opcode in _SAME or (opcode in _CAST and not partly_set):
+    return _used(module, computation, user, whole, partly_set)
+  if opcode == "tuple" and partly_set:
+    return 0
+  if opcode == "fusion":
+    inner = module.computations[user.called[0]]
+    parameters = (
+      inner.parameters[index]
+      for index, operand in enumerate(user.operands)
+      if operand == name
+    )
+    return min(whole, sum(_used(module, inner, p, whole) for p in parameters))
+  return whole
+
+
+def _used(
+  module: Module,
+  computation: Computation,
+  value: Instruction,
+  whole: int,
+  partly_set: bool = False,
+) -> int:
+  """Bytes of `whole` that all users of a value inside a fusion read."""
+  if value.name == computation.root:
+    return 0 if partly_set else whole
+  users = computation.users.get(value.name, ())
+  return min(
+    whole,
+    sum(
+      _taken(module, computation, user, value.name, whole, partly_set)
+      for user in users
+    ),
+  )
+
+
+def _results(
+  module: Module, computation: Computation, instruction: Instruction
+) -> list[tuple[Shape, int | None, int]]:
+  """Shapes; operands that are set in place, or None; bytes that are set."""
+  opcode, shapes = instruction.opcode, instruction.shapes
+  if opcode == "fusion":
+    inner = module.computations[instruction.called[0]]
+    root = inner.instructions[inner.root]
+    roots = root.operands if root.opcode == "tuple" else (root.name,)
+    if len(roots) == len(shapes):
+      found = [_set_in_place(module, inner, name) for name in roots]
+      return [(s, *f) for s, f in zip(shapes, found, strict=True)]
+  if opcode in _SETS:
+    part = computation.instructions[instruction.operands[_SETS[opcode]]]
+    return [(shapes[0], 0, part.shapes[0].size)]
+  if opcode == "copy-start":
+    shapes = shapes[:1]
+  elif opcode.endswith("-start") and len(shapes) > 1:
+    shapes = shapes[1:2]
+  return [(shape, None, 0) for shape in shapes]
+
+
+def _set_in_place(
+  module: Module, computation: Computation, name: str
+) -> tuple[int | None, int]:
+  """The parameter that a result of a fusion is, but for bytes that are set."""
+  value, part = computation.instructions[name], 0
+  while value.opcode in _SAME or value.opcode in _SETS:
+    if value.opcode in _SETS:
+      update = value.operands[_SETS[value.opcode]]
+      part += computation.instructions[update].shapes[0].size
+    value = computation.instructions[value.operands[0]]
+  if value.opcode == "fusion":
+    inner = module.computations[value.called[0]]
+    index, inner_part = _set_in_place(module, inner, inner.root)
+    if index is not None:
+      operand = value.operands[index]
+      index, more = _set_in_place(module, computation, operand)
+      return index, part + inner_part + more
+  if value.opcode == "parameter" and part:
+    return value.index, part
+  return None, 0
+
+
+def _collectives(
+  module: Module,
+  computation: Computation,
+  instruction: Instruction,
+  fixed: bool,
+) -> Iterator[Collective]:
+  """Of an operation, and of what is fused into it."""
+  if instruction.opcode == "fusion":
+    inner = module.computations[instruction.called[0]]
+    for part in inner.instructions.values():
+      yield from _collectives(module, inner, part, fixed)
+  kind = instruction.opcode.removesuffix("-start")
+  if kind not in COLLECTIVES:
+    return
+  devices = group(instruction.attributes, module.partitions)
+  operands = (computation.instructions[n] for n in instruction.operands)
+  payload = sum(shape.payload for o in operands for shape in o.shapes)
+  yield Collective(
+    kind=kind,
+    name=instruction.name,
+    source=instruction.op_name,
+    payload=payload * (len(devices) if kind == "all-gather" else 1),
+    devices=devices,
+    weights=fixed,
+  )
+
+
+def _changed(body: Computation) -> set[int]:
+  """Elements of a loop's tuple that a turn does not hand on as they are."""
+  root = body.instructions[body.root]
+  changed = set()
+  for index, name in enumerate(root.operands):
+    value = body.instructions[name]
+    while value.opcode in _SAME or value.opcode == "copy":
+      value = body.instructions[value.operands[0]]
+    if value.opcode != "get-tuple-element" or value.index != index:
+      changed.add(index)
+  return changed
+
+
+def _turns(
+  condition: Computation, body: Computation, start: _Value
+) -> int | None:
+  """How often a loop runs that counts up to a constant; None if it does not."""
+  test = condition.instructions[condition.root]
+  if test.opcode != "compare" or "direction=LT" not in test.attributes:
+    return None
+  counter, bound = (condition.instructions[name] for name in test.operands)
+  if counter.opcode != "get-tuple-element":
+    return None
+  advance = body.instructions[
+    body.instructions[body.root].operands[counter.index]
+  ]
+  steps = [_number(body.instructions[name], start) for name in advance.operands]
+  known = [step for step in steps if step is not None]
+  first, last = _number(counter, start), _number(bound, start)
+  if advance.opcode != "add" or first is None or last is None or not known:
+    return None
+  return max(0, -(-(last - first) // known[-1]))
+
+
+def _number(value: Instruction, start: _Value) -> int | None:
+  """Of a constant, or of an element that a loop starts with."""
+  if value.opcode == "constant":
+    return int(value.payload) if value.payload.isdigit() else None
+  if value.opcode == "get-tuple-element":
+    array = _element(start, value.index)
+    return array.number if isinstance(array, _Array) else None
+  return None
