@@ -163,6 +163,6 @@ def _weights(
       phase="always",
       exact=True,
       formula=f"parameters x {itemsize(model)} bytes"
-      + (", kernels x 1" if model.weight_dtype == "int8" else "")
-      + (", layers on the host" if model.offload else ""),
+      + (", kernels of layers x 1" if model.weight_dtype == "int8" else "")
+      + (", kernels of layers on the host" if model.offload else ""),
     )

@@ -18,12 +18,10 @@ from opd_jax.models.cache import CACHE_AXES, KVCache
 from opd_jax.models.config import ModelConfig
 from opd_jax.models.lora import Lora
 from opd_jax.models.places import Blocks
-from opd_jax.sharding import Axes, Layout
+from opd_jax.sharding import HOST_MEMORY, Axes, Layout
 from opd_jax.types import MASKED_LOGPROB, Params
 
 _HEAD = "lm_head"
-# The kind of memory of a host from which a device can read by itself.
-HOST_MEMORY = "pinned_host"
 
 _REMAT_POLICIES = {
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -61,8 +59,8 @@ class Model:
       "full" all of it, "dots" all but the products with weights.
     weight_dtype: "int8" for kernels of the layers as `quantize` holds them, of
       a model that is not trained; None for floats.
-    offload: the layers lie in the hosts' memory, of a model that is not
-      trained; inside a loop over them each is brought to the device.
+    offload: the kernels of the layers lie in the hosts' memory, of a model not
+      trained; inside a loop over the layers each is brought to the device.
     lora: the adapters that weights may have; those without are the base, or
       merged. None if there are never any.
   """
@@ -105,9 +103,7 @@ class Model:
   def _abstract(self, shapes: Params, axes: Params, dtype: str) -> Params:
     places = self.layout.tree_shardings(axes, shapes)
     if self.offload:
-      places[transformer.STACKED] = jax.tree.map(
-        _on_host, places[transformer.STACKED]
-      )
+      places = jax.tree.map_with_path(_on_host, places)
     return jax.tree.map_with_path(
       lambda path, leaf, place: jax.ShapeDtypeStruct(
         leaf.shape,
@@ -496,7 +492,13 @@ class Model:
     return self.layout.constrain(x, self.layout.fitting(axes, x.shape))
 
 
-def _on_host(place: NamedSharding) -> NamedSharding:
+def _on_host(path: Any, place: NamedSharding) -> NamedSharding:
+  """Where an offloaded model keeps a weight: kernels of layers on the host.
+
+  The rest is small, and a TPU cannot cut single rows out of the host's memory.
+  """
+  if path[0].key != transformer.STACKED or path[-1].key != quantize.KERNEL:
+    return place
   try:
     return place.with_memory_kind(HOST_MEMORY)
   except ValueError as error:

@@ -90,8 +90,8 @@ def findings(found: Estimate) -> tuple[Finding, ...]:
         message=(
           f"weights and optimizer state take {size_text(found.resident)} of "
           f"each device, which offers {size_text(limit)}; use more devices "
-          "(mesh.fsdp, mesh.tensor), smaller models, or "
-          'teacher.compute_dtype "bfloat16"'
+          "(mesh.fsdp, mesh.tensor), smaller models, teacher.compute_dtype "
+          '"bfloat16", or teacher.weight_dtype "int8"'
         ),
       ),
     )
