@@ -245,9 +245,13 @@ class Model:
     view_of = self._views(positions[:, None], seen)
     x = self._embed(params, tokens[:, None])
 
+    count = self._cache_blocks(cache)
+    apart, whole = experts.apart(params[transformer.STACKED])
+
     def step(carry, scanned):
       x, keys, values = carry
       weights, layer, local = scanned
+      weights = experts.together(weights, whole)
       block = self._part({transformer.STACKED: weights}, transformer.STACKED)
       view = view_of(local)
       query, (key, value) = block.attention.project(
@@ -262,18 +266,20 @@ class Model:
         )
         for old, new in ((keys, key), (values, value))
       )
-      here = functools.partial(
-        jax.lax.dynamic_index_in_dim, index=layer, keepdims=False
+      mixed = block.attention.recall(
+        query,
+        KVCache(keys=keys, values=values, positions=seen),
+        view.visible,
+        layer=layer,
+        slot=slot,
+        count=count,
+        shards=1,
       )
-      mixed = block.attention.mix(query, here(keys), here(values), view.visible)
-      return (
-        self._rows(block.finish(x, mixed, self.layout)),
-        keys,
-        values,
-      ), None
+      x = block.finish(x, mixed, self.layout, layer if whole else None)
+      return (self._rows(x), keys, values), None
 
     scanned = (
-      params[transformer.STACKED],
+      apart,
       jnp.arange(self.config.num_layers),
       jnp.asarray(self.config.is_local),
     )

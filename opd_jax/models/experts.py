@@ -68,9 +68,19 @@ class Experts(nnx.Module):
     self.activation = config.activation
 
   def __call__(
-    self, x: Float[Array, "B T D"], layout: Layout
+    self,
+    x: Float[Array, "B T D"],
+    layout: Layout,
+    layer: Int[Array, ""] | None = None,
   ) -> Float[Array, "B T D"]:
-    """Each token by itself."""
+    """Each token by itself.
+
+    Args:
+      x: tokens.
+      layout: says which device runs which expert.
+      layer: which of all layers' kernels to run, where `gate`, `up` and `down`
+        hold those ([L, E, ...]): so only the experts that are chosen are read.
+    """
     logits = self.router(x).astype(jnp.float32)
     weights, chosen = jax.lax.top_k(
       jax.nn.softmax(logits, axis=-1), self.experts.per_token
@@ -88,22 +98,24 @@ class Experts(nnx.Module):
     )
     spread = len(x) % layout.shards("batch") == 0
     rows = PartitionSpec(apart if spread else None)
-    wide = layout.spec(("experts", None, "ffw"), gate.shape)
-    places = (wide, wide, layout.spec(("experts", "ffw", None), down.shape))
+    stacked = () if layer is None else ("layers",)
+    wide = layout.spec((*stacked, "experts", None, "ffw"), gate.shape)
+    deep = layout.spec((*stacked, "experts", "ffw", None), down.shape)
 
-    def local(x: Any, weights: Any, chosen: Any, kernels: Kernels) -> Any:
-      count = kernels[0].shape[0]
-      first = jax.lax.axis_index(over) * count
-      mixed = mix(x, weights, chosen - first, kernels, self.activation)
+    def local(
+      x: Any, weights: Any, chosen: Any, kernels: Kernels, layer: Any
+    ) -> Any:
+      first = jax.lax.axis_index(over) * kernels[0].shape[-3]
+      mixed = mix(x, weights, chosen - first, kernels, self.activation, layer)
       return jax.lax.psum(mixed, over + layout.mesh_axes("ffw"))
 
     return jax.shard_map(
       local,
       mesh=layout.mesh,
-      in_specs=(rows, rows, rows, places),
+      in_specs=(rows, rows, rows, (wide, wide, deep), PartitionSpec()),
       out_specs=rows,
       check_vma=False,
-    )(x, weights, chosen, kernels)
+    )(x, weights, chosen, kernels, layer)
 
 
 def mix(
@@ -112,6 +124,7 @@ def mix(
   chosen: Int[Array, "B T K"],
   kernels: Kernels,
   activation: str,
+  layer: Int[Array, ""] | None = None,
 ) -> Float[Array, "B T D"]:
   """The weighted sum of the chosen experts that are among these kernels.
 
@@ -119,10 +132,11 @@ def mix(
     x: tokens.
     weights: of the choices.
     chosen: indices of experts; those outside [0, E) add nothing.
-    kernels: of E experts.
+    kernels: of E experts; with a layer, of those of L layers.
     activation: of the gate.
+    layer: whose experts to run; None where the kernels are of one.
   """
-  count, width = kernels[0].shape[0], x.shape[-1]
+  count, width = kernels[0].shape[-3], x.shape[-1]
   tokens = x.reshape(-1, width)
   expert = chosen.reshape(-1)
   expert = jnp.where((expert >= 0) & (expert < count), expert, count)
@@ -130,6 +144,9 @@ def mix(
   block = block_size(choices, count)
   blocks = min(choices, -(-choices // block) + count)
   slots, owner, used = _slots(expert, count, block, blocks)
+  if layer is not None:
+    gate, up, down = (k.reshape(-1, *k.shape[-2:]) for k in kernels)
+    kernels, owner = (gate, up, down), owner + layer * count
   # A gather per slot, so that its transpose writes every choice by itself.
   source = (
     jnp.full(blocks * block, choices)
@@ -207,7 +224,7 @@ def _run(
       outputs, _mlp(activation, inputs, one), start, 0
     )
 
-  return jax.lax.fori_loop(0, used, step, jnp.zeros_like(rows))
+  return layers.turns(used, len(owner), step, jnp.zeros_like(rows))
 
 
 def _run_forward(
@@ -247,8 +264,8 @@ def _run_backward(
     return to_rows, to_kernels
 
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), kernels)
-  to_rows, to_kernels = jax.lax.fori_loop(
-    0, used, step, (jnp.zeros_like(rows), zeros)
+  to_rows, to_kernels = layers.turns(
+    used, len(owner), step, (jnp.zeros_like(rows), zeros)
   )
   to_kernels = jax.tree.map(
     lambda slope, kernel: slope.astype(kernel.dtype), to_kernels, kernels

@@ -8,17 +8,21 @@ dtype where they are used; norms, rotations and softmax are float32 inside.
 import functools
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from opd_jax.models import rope
 from opd_jax.models.config import ModelConfig
 from opd_jax.sharding import Axes
 
 INIT_SCALE = 0.02
+
+# The score of a slot that a query does not see.
+HIDDEN = -1e30
 
 # Keys and values of one layer, heads before slots: what products read in order.
 KeyValue = tuple[Float[Array, "B M S H"], Float[Array, "B M S H"]]
@@ -44,6 +48,24 @@ def product(equation: str, *operands: jax.Array, dtype=None) -> jax.Array:
 def _broadcast(weights: jax.Array, x: jax.Array) -> jax.Array:
   """Leading dimensions of size 1, so that weights fit the last ones of x."""
   return jnp.expand_dims(weights, range(x.ndim - weights.ndim))
+
+
+def turns(
+  count: Int[Array, ""], most: int, body: Callable[[Array, Any], Any], start: Any
+) -> Any:
+  """`fori_loop(0, min(count, most), body, start)`.
+
+  The bound is in the loop's own condition, where whoever reads the compiled
+  program finds it (`plan.hlo`).
+  """
+
+  def going(state: tuple[Array, Any]) -> Array:
+    return (state[0] < count) & (state[0] < most)
+
+  def turn(state: tuple[Array, Any]) -> tuple[Array, Any]:
+    return state[0] + 1, body(*state)
+
+  return jax.lax.while_loop(going, turn, (jnp.int32(0), start))[1]
 
 
 class RMSNorm(nnx.Module):
@@ -129,6 +151,19 @@ def soft_cap(scores: Float[Array, "..."], cap: float) -> Float[Array, "..."]:
   return jnp.tanh(scores / cap) * cap
 
 
+def scores(
+  equation: str,
+  query: Float[Array, "..."],
+  keys: Float[Array, "..."],
+  scalar: float | None,
+  cap: float | None,
+) -> Float[Array, "..."]:
+  """q k / sqrt(scalar), capped, in float32; see `attend`."""
+  found = product(equation, query, keys, dtype=jnp.float32)
+  found = found / math.sqrt(query.shape[-1] if scalar is None else scalar)
+  return found if cap is None else soft_cap(found, cap)
+
+
 def attend(
   query: Float[Array, "B T N H"],
   keys: Float[Array, "B M S H"],
@@ -153,12 +188,9 @@ def attend(
   batch, length, heads, size = query.shape
   kv_heads = keys.shape[1]
   grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, size)
-  scores = product("btmgh,bmsh->bmgts", grouped, keys, dtype=jnp.float32)
-  scores = scores / math.sqrt(size if scalar is None else scalar)
-  if cap is not None:
-    scores = soft_cap(scores, cap)
-  scores = jnp.where(visible[:, None, None], scores, -1e30)
-  weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+  found = scores("btmgh,bmsh->bmgts", grouped, keys, scalar, cap)
+  found = jnp.where(visible[:, None, None], found, HIDDEN)
+  weights = jax.nn.softmax(found, axis=-1).astype(values.dtype)
   mixed = product("bmgts,bmsh->btmgh", weights, values)
   return mixed.reshape(query.shape)
 
