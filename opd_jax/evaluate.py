@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float
 
-from opd_jax import estimates, generate, templates, verifiers
+from opd_jax import estimates, generate, processes, templates, verifiers
 from opd_jax.config import EvalConfig, SamplingConfig, TemplateConfig
 from opd_jax.data import sources
 from opd_jax.errors import InputError
@@ -90,11 +90,16 @@ def prepare(
       templates.prompt(template or source.prompt, row, tokenizer, where)
     )
     answers.append(templates.fill(source.answer, row, where))
+
+  def attempt() -> None:
     # What fails here would otherwise fail after hours of training.
-    for text in ("", answers[-1]):
-      verifier.score(text, answers[-1], where)
-      if verifier.vote is not None:
-        verifier.vote_of(text, where)
+    for answer, where in zip(answers, names, strict=True):
+      for text in ("", answer):
+        verifier.score(text, answer, where)
+        if verifier.vote is not None:
+          verifier.vote_of(text, where)
+
+  processes.from_first(attempt)
   if not prompts:
     raise InputError(
       f"{source.path} has no rows to evaluate on; name another source or split"
@@ -138,11 +143,14 @@ class Report:
     problems: what was asked.
     completions: `samples` per problem.
     scores: of the verifier, in [0, 1].
+    votes: for the majority: the number of the first sample of the problem that
+      gives the same answer, None for no answer; None if nobody votes.
   """
 
   problems: Problems
-  completions: tuple[tuple[Completion, ...], ...]
+  completions: tuple[Drawn, ...]
   scores: Float[np.ndarray, "N k"]
+  votes: tuple[tuple[int | None, ...], ...] | None
 
   @property
   def right(self) -> Bool[np.ndarray, "N k"]:
@@ -156,9 +164,8 @@ class Report:
     values = {f"avg@{samples}": (self.scores.mean(axis=1), 1)}
     for k in _pass_at(config):
       values[f"pass@{k}"] = estimates.pass_at(self.right, k), k
-    votes = self._votes()
-    if votes is not None:
-      majority = estimates.majority_at(votes, self.right, samples)
+    if self.votes is not None:
+      majority = estimates.majority_at(self.votes, self.right, samples)
       values[f"maj@{samples}"] = majority, samples
     return {
       name: Estimate(
@@ -223,16 +230,41 @@ class Report:
       for first in row["completions"][:1]
     ]
 
-  def _votes(self) -> list[list[Hashable]] | None:
-    verifier = self.problems.verifier
-    if verifier.vote is None:
-      return None
-    return [
-      [verifier.vote_of(one.text, name) for one in completions]
-      for name, completions in zip(
-        self.problems.names, self.completions, strict=True
-      )
-    ]
+
+def judge(problems: Problems, completions: tuple[Drawn, ...]) -> Report:
+  """Has completions verified, by the first process for all.
+
+  A verifier need not say the same twice, and what is measured decides which
+  checkpoint is the best.
+
+  Raises:
+    InputError: on all processes: the verifier raised, or gave something else
+      than a score.
+  """
+  verifier = problems.verifier
+
+  def verify() -> tuple[Any, Any]:
+    scores, votes = [], []
+    for group, answer, name in zip(
+      completions, problems.answers, problems.names, strict=True
+    ):
+      scores.append([verifier.score(one.text, answer, name) for one in group])
+      if verifier.vote is not None:
+        given = [verifier.vote_of(one.text, name) for one in group]
+        votes.append(_numbered(given))
+    return scores, None if verifier.vote is None else tuple(votes)
+
+  scores, votes = processes.from_first(verify)
+  return Report(
+    problems=problems,
+    completions=completions,
+    scores=np.array(scores),
+    votes=votes,
+  )
+
+
+def _numbered(votes: list[Hashable]) -> tuple[int | None, ...]:
+  return tuple(None if vote is None else votes.index(vote) for vote in votes)
 
 
 def _pass_at(config: EvalConfig) -> tuple[int, ...]:
@@ -276,17 +308,7 @@ class Evaluator:
     """
     if not self._model.is_working_copy(params):
       params = self._copy(params)
-    problems = self._problems
-    completions = tuple(watch(self._generator(params)))
-    scores = [
-      [problems.verifier.score(one.text, answer, name) for one in group]
-      for group, answer, name in zip(
-        completions, problems.answers, problems.names, strict=True
-      )
-    ]
-    return Report(
-      problems=problems, completions=completions, scores=np.array(scores)
-    )
+    return judge(self._problems, tuple(watch(self._generator(params))))
 
 
 class Accuracy:

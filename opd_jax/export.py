@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
+from opd_jax import storage
 from opd_jax.errors import InputError
 from opd_jax.models import hf
 from opd_jax.models.api import Model
@@ -69,7 +70,9 @@ def export(
   if dtype not in DTYPES:
     raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
   out_dir = Path(out_dir).expanduser() if replace else check_free(out_dir)
-  source = None if source_dir is None else hf.resolve(source_dir)
+  source = None
+  if source_dir is not None:
+    source = storage.local_copy(hf.resolve(source_dir))
   config = _config_json(model.config, source, dtype)
   shards = _plan(model.config, np.dtype(dtype).itemsize, max_shard_bytes)
   fetch = _fetcher(params, model, dtype)

@@ -252,7 +252,9 @@ class RowShards:
     if count == 1 or batch.tokens.shape[0] % count:
       return cls(scorer=scorer, count=1, axes=())
     return cls(
-      scorer=scorer.in_shard(), count=count, axes=layout.mesh_axes("batch")
+      scorer=scorer.in_shard("batch"),
+      count=count,
+      axes=layout.mesh_axes("batch"),
     )
 
   def map(self, function: Callable[[Any], Any], rows: Any) -> Any:
@@ -353,9 +355,10 @@ class _GradientLoop:
 
   def _chunk_scores(self, states: Any, head: Params, part: Any) -> Any:
     """Scores of all roles that are run on a chunk, and what the log sees."""
+    scorer = self.scorer.in_shard("sequence")
     scores, observed = {}, {}
     for role, chunk in {**part["fixed"], **states}.items():
-      scores[role], observed[role] = self.scorer._score(
+      scores[role], observed[role] = scorer._score(
         role,
         getattr(self.objective.needs, role),
         head if role in states else self.fixed_heads[role],
@@ -397,13 +400,30 @@ class _GradientLoop:
       }
     )
 
-    def body(head_gradient: Params, part: Any) -> Any:
+    def gradient(part: Any) -> Any:
       part = dict(part)
       part["batch"] = dataclasses.replace(self.batch, **part["batch"])
       states = part.pop("trained")
-      (_, aux), (in_states, in_head) = jax.value_and_grad(
+      (_, aux), slopes = jax.value_and_grad(
         chunk_loss, argnums=(0, 1), has_aux=True
       )(states, head, part)
+      return aux, slopes
+
+    def by_parts(part: Any) -> Any:
+      mapped = jax.vmap(
+        gradient,
+        spmd_axis_name=self.scorer.student.layout.mesh_axes("sequence"),
+      )
+      (sums, observed), (in_states, in_head) = mapped(chunks.apart(part))
+      observed, in_states = chunks.together((observed, in_states))
+      return (sums, observed), (in_states, in_head)
+
+    # Heads' gradients of the parts of T are summed once, behind the loop.
+    lead = () if chunks.parts == 1 else (chunks.parts,)
+
+    def body(head_gradient: Params, part: Any) -> Any:
+      run = by_parts if lead else gradient
+      aux, (in_states, in_head) = run(part)
       in_head = jax.tree.map(
         lambda total, part: total + part.astype(jnp.float32),
         head_gradient,
@@ -411,8 +431,12 @@ class _GradientLoop:
       )
       return in_head, (in_states, aux)
 
-    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), head)
+    zero = jax.tree.map(
+      lambda leaf: jnp.zeros((*lead, *leaf.shape), jnp.float32), head
+    )
     in_head, (in_states, (sums, observed)) = jax.lax.scan(body, zero, by_token)
+    if lead:
+      in_head = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), in_head)
     return (sums, chunks.join(observed)), (chunks.join(in_states), in_head)
 
 

@@ -20,6 +20,7 @@ from opd_jax.interrupts import Interrupts, Profiler
 from opd_jax.meter import Meter
 from opd_jax.metrics import Progress, Writer
 from opd_jax.models import Model
+from opd_jax.sharding import slices_of
 from opd_jax.summary import EXAMPLES, Summary
 from opd_jax.task import Data, Measurement, Task
 
@@ -231,8 +232,10 @@ def devices(student: Model) -> str:
   """The devices of a run, in words."""
   mesh = student.layout.mesh
   sizes = [f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1]
+  slices = len(slices_of(list(mesh.devices.flat)))
   return (
     f"devices: {mesh.size} x {jax.devices()[0].device_kind}"
+    f"{f' in {slices} slices' if slices > 1 else ''}"
     f"{': ' + ' x '.join(sizes) if sizes else ''}"
   )
 

@@ -14,13 +14,11 @@ import dataclasses
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jaxtyping import Float
 
-from opd_jax import verifiers
+from opd_jax import processes, verifiers
 from opd_jax.config import RewardConfig
 from opd_jax.data.prompts import Batch, Prompts
-from opd_jax.errors import InputError
 from opd_jax.tokenizer import Tokenizer
 from opd_jax.types import Rollout
 from opd_jax.verifiers import Verifier
@@ -52,23 +50,7 @@ class Rewards:
         than a score.
     """
     rollout = jax.device_get(rollout)
-    scores = np.zeros(len(rollout.tokens), np.float32)
-    failure = None
-    if jax.process_index() == 0:
-      try:
-        scores = self._verify(batch, rollout)
-      except InputError as error:
-        failure = error
-    failed, scores = multihost_utils.broadcast_one_to_all(
-      (np.float32(failure is not None), scores)
-    )
-    if failure is not None:
-      raise failure
-    if failed:
-      raise InputError(
-        "the verifier failed on the first process, which says at which row"
-      )
-    return np.asarray(scores)
+    return processes.from_first(lambda: self._verify(batch, rollout))
 
   def _verify(self, batch: Batch, rollout: Rollout) -> Float[np.ndarray, " B"]:
     rows = len(rollout.tokens)
@@ -90,7 +72,7 @@ def prepare(
   """The rewards of a run, tried on two completions of every row.
 
   These are nothing, and the answer itself: what fails here would otherwise
-  fail in the middle of the run.
+  fail in the middle of the run. The first process tries it for all.
 
   Args:
     config: names the verifier.
@@ -101,9 +83,13 @@ def prepare(
     InputError: bad verifier, or an answer that it cannot bear.
   """
   verifier = verifiers.load(config.verifier)
-  for row, answer in prompts.answers():
-    for text in ("", answer):
-      verifier.score(text, answer, prompts.where(row))
+
+  def attempt() -> None:
+    for row, answer in prompts.answers():
+      for text in ("", answer):
+        verifier.score(text, answer, prompts.where(row))
+
+  processes.from_first(attempt)
   return Rewards(verifier=verifier, tokenizer=tokenizer, prompts=prompts)
 
 

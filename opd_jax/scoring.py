@@ -125,8 +125,8 @@ class Scorer:
     vocab_size: ids shared by all models and the tokenizer. Columns beyond are
       masked in every model before the softmax.
     temperature: divides the logits of every model.
-    chunk_tokens: tokens, per shard of the batch, whose distributions exist at
-      the same time.
+    chunk_tokens: tokens, per shard of the batch and of the sequence, whose
+      distributions exist at the same time.
   """
 
   student: Model
@@ -150,12 +150,15 @@ class Scorer:
     others = self.other_teachers if role == "teacher" else ()
     return (self.model(role), *others)
 
-  def in_shard(self) -> "Scorer":
-    """The scorer of one shard's rows, under a map over the shards."""
+  def in_shard(self, name: str) -> "Scorer":
+    """The scorer of one shard, under a map over the shards.
+
+    Args:
+      name: logical name of the dimension that the shards cut.
+    """
 
     def inside(model: Model) -> Model:
-      layout = model.layout.replace("batch", None)
-      return dataclasses.replace(model, layout=layout)
+      return dataclasses.replace(model, layout=model.layout.in_shard(name))
 
     return dataclasses.replace(
       self,
@@ -389,11 +392,16 @@ class Scorer:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chunks:
-  """How the T axis of [B, T, ...] arrays is cut for a scan."""
+  """How the T axis of [B, T, ...] arrays is cut for a scan.
+
+  Where the sequence is spread, T is first cut into as many parts, and a chunk
+  has a piece of every part: its tokens lie where their part lies.
+  """
 
   scorer: Scorer
   rows: int
   length: int
+  parts: int
   count: int
   size: int
 
@@ -401,33 +409,37 @@ class Chunks:
   def of(
     cls, scorer: Scorer, batch: ScoringBatch, slots: int | None = None
   ) -> "Chunks":
-    """Equal chunks of about `chunk_tokens` tokens per shard of the batch.
+    """Equal chunks of about `chunk_tokens` tokens per shard.
 
-    Of at most `slots` slots, if given.
+    Of at most `slots` slots in all, if given.
     """
     rows, length = batch.tokens.shape
-    shards = scorer.student.layout.shards("batch")
-    size = scorer.chunk_tokens // max(1, rows // shards)
-    size = min(size, slots or length)
-    count = math.ceil(length / min(max(size, 1), length))
+    layout = scorer.student.layout
+    parts = layout.shards("sequence")
+    part = math.ceil(length / parts)
+    size = scorer.chunk_tokens // max(1, rows // layout.shards("batch"))
+    size = min(size, math.ceil((slots or length) / parts))
+    count = math.ceil(part / min(max(size, 1), part))
     return cls(
       scorer=scorer,
       rows=rows,
       length=length,
+      parts=parts,
       count=count,
-      size=math.ceil(length / count),
+      size=math.ceil(part / count),
     )
 
   def cut(self, tree: Any) -> Any:
     """[B, T, ...] -> [chunks, B, C, ...], padded with 0 behind T."""
 
     def leaf(array: Array) -> Array:
-      behind = self.count * self.size - self.length
+      behind = self.parts * self.count * self.size - self.length
       padding = [(0, 0), (0, behind)] + [(0, 0)] * (array.ndim - 2)
       array = jnp.pad(array, padding)
-      shape = (self.rows, self.count, self.size, *array.shape[2:])
-      array = array.reshape(shape).swapaxes(0, 1)
-      axes = (None, "batch") + (None,) * (array.ndim - 2)
+      shape = (self.rows, self.parts, self.count, self.size, *array.shape[2:])
+      array = jnp.moveaxis(array.reshape(shape), 2, 0)
+      array = array.reshape(self.count, self.rows, -1, *array.shape[4:])
+      axes = (None, "batch", "sequence") + (None,) * (array.ndim - 3)
       return self.scorer.student.layout.constrain(array, axes)
 
     return jax.tree.map(leaf, tree)
@@ -436,8 +448,28 @@ class Chunks:
     """The inverse of `cut`."""
 
     def leaf(array: Array) -> Array:
-      shape = (self.rows, self.count * self.size, *array.shape[3:])
-      return array.swapaxes(0, 1).reshape(shape)[:, : self.length]
+      shape = (self.count, self.rows, self.parts, self.size, *array.shape[3:])
+      array = jnp.moveaxis(array.reshape(shape), 0, 2)
+      array = array.reshape(self.rows, -1, *array.shape[4:])
+      return array[:, : self.length]
+
+    return jax.tree.map(leaf, tree)
+
+  def apart(self, tree: Any) -> Any:
+    """[B, C, ...] of a chunk -> [parts, B, C / parts, ...]."""
+
+    def leaf(array: Array) -> Array:
+      shape = (self.rows, self.parts, self.size, *array.shape[2:])
+      return array.reshape(shape).swapaxes(0, 1)
+
+    return jax.tree.map(leaf, tree)
+
+  def together(self, tree: Any) -> Any:
+    """The inverse of `apart`."""
+
+    def leaf(array: Array) -> Array:
+      shape = (self.rows, self.parts * self.size, *array.shape[3:])
+      return array.swapaxes(0, 1).reshape(shape)
 
     return jax.tree.map(leaf, tree)
 

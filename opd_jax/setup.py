@@ -20,7 +20,12 @@ from opd_jax import (
   tokenizer,
 )
 from opd_jax import held_out as held_out_lib
-from opd_jax.config import HeldOutConfig, ModelSource, RunConfig, SftConfig
+from opd_jax.config import (
+  FrozenModelSource,
+  HeldOutConfig,
+  RunConfig,
+  SftConfig,
+)
 from opd_jax.data import store
 from opd_jax.data.prompts import Prompts
 from opd_jax.data.store import Origin
@@ -33,7 +38,7 @@ from opd_jax.replay import Buffer
 from opd_jax.rewards import Rewards
 from opd_jax.scoring import Scorer
 from opd_jax.selector import Selector
-from opd_jax.sharding import DECODE_RULES, TRAIN_RULES, Layout, make_mesh
+from opd_jax.sharding import Layout, layouts, make_mesh
 from opd_jax.step import Step
 from opd_jax.task import Measurement
 from opd_jax.tokenizer import Difference, Tokenizer
@@ -52,7 +57,7 @@ class DomainTeacher:
   """
 
   role: str
-  source: ModelSource
+  source: FrozenModelSource
   model: ModelConfig
   tokenizer: Tokenizer
   difference: Difference
@@ -265,7 +270,7 @@ def prepare(config: RunConfig) -> Setup:
 
 def route(
   config: RunConfig,
-) -> tuple[dict[str, ModelSource], tuple[int, ...]]:
+) -> tuple[dict[str, FrozenModelSource], tuple[int, ...]]:
   """The teachers beside `teacher` by role, and whose the rows of a source are.
 
   A teacher that several sources name is one. An index counts `teacher` as 0.
@@ -324,7 +329,7 @@ def measurements(
   if held_out is not None:
     found.append(HeldOutLoss(held_out, student, config.held_out.every))
   if problems is not None:
-    decode = Layout.create(student.layout.mesh, DECODE_RULES)
+    _, decode = layouts(student.layout.mesh, config.mesh)
     decoder = dataclasses.replace(student, layout=decode, remat="none")
     found.append(Accuracy(problems, decoder))
   return found
@@ -338,22 +343,22 @@ def make_step(setup: Setup, mesh: Mesh | None = None) -> Step:
   """
   config = setup.config
   if mesh is None:
-    mesh = make_mesh(dataclasses.asdict(config.mesh))
-  train = Layout.create(mesh, TRAIN_RULES)
-  decode = Layout.create(mesh, DECODE_RULES)
-  compatibility.check_batch(config, train.shards("batch"))
+    mesh = make_mesh(config.mesh.sizes)
+  train, decode = layouts(mesh, config.mesh)
+  for layout in (train, decode):
+    compatibility.check_batch(config, layout.shards("batch"))
   student = Model(
     setup.student, train, config.student.compute_dtype, config.student.remat
   )
-  teacher = Model(setup.teacher, train, config.teacher.compute_dtype)
+  teacher = _frozen(setup.teacher, train, config.teacher)
   others = {
-    other.role: Model(other.model, train, other.source.compute_dtype)
+    other.role: _frozen(other.model, train, other.source)
     for other in setup.domain_teachers
   }
   models = {"student": student, "teacher": teacher, **others}
   reference = None
   if setup.reference is not None and config.reference is not None:
-    reference = Model(setup.reference, train, config.reference.compute_dtype)
+    reference = _frozen(setup.reference, train, config.reference)
     models["reference"] = reference
   for role, model in models.items():
     try:
@@ -372,7 +377,7 @@ def make_step(setup: Setup, mesh: Mesh | None = None) -> Step:
   )
   teacher_decoder = None
   if config.rollout.teacher_mix > 0:
-    teacher_decoder = Model(setup.teacher, decode, config.teacher.compute_dtype)
+    teacher_decoder = dataclasses.replace(teacher, layout=decode)
   selector = None
   if config.selection is not None:
     selector = Selector(config=config.selection, vocab_size=setup.vocab_size)
@@ -395,6 +400,18 @@ def make_step(setup: Setup, mesh: Mesh | None = None) -> Step:
     seed=config.seed,
     selector=selector,
     sources=_told_apart(config),
+  )
+
+
+def _frozen(
+  architecture: ModelConfig, layout: Layout, source: FrozenModelSource
+) -> Model:
+  return Model(
+    architecture,
+    layout,
+    source.compute_dtype,
+    weight_dtype=source.weight_dtype,
+    offload=source.offload,
   )
 
 

@@ -15,7 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from opd_jax import evaluate, flops, loop, optim, preflight, tokenizer
+from opd_jax import (
+  evaluate,
+  flops,
+  loop,
+  optim,
+  preflight,
+  processes,
+  tokenizer,
+)
 from opd_jax.config import SamplingConfig, SftConfig
 from opd_jax.data import sources
 from opd_jax.data.packing import PackedBatch, PackedExamples
@@ -29,7 +37,7 @@ from opd_jax.objectives.base import Objective
 from opd_jax.programs import compiled
 from opd_jax.scoring import Scorer
 from opd_jax.setup import measurements, read_held_out
-from opd_jax.sharding import TRAIN_RULES, Layout, make_mesh
+from opd_jax.sharding import Layout, layouts, make_mesh
 from opd_jax.summary import Summary
 from opd_jax.tokenizer import Tokenizer
 from opd_jax.types import (
@@ -105,7 +113,7 @@ def prepare(config: SftConfig) -> SftSetup:
     examples=examples,
     held_out=read_held_out(config.held_out, student, tokens),
     problems=evaluate.of_run(config.eval, SamplingConfig(), tokens, student),
-    report=preflight.inspect_rows(config),
+    report=processes.from_first(lambda: preflight.inspect_rows(config)),
   )
 
 
@@ -160,8 +168,8 @@ def make_step(setup: SftSetup, mesh: Mesh | None = None) -> SftStep:
   """
   config = setup.config
   if mesh is None:
-    mesh = make_mesh(dataclasses.asdict(config.mesh))
-  layout = Layout.create(mesh, TRAIN_RULES)
+    mesh = make_mesh(config.mesh.sizes)
+  layout, _ = layouts(mesh, config.mesh)
   rows = config.batch.rows // config.batch.micro_batches
   shards = layout.shards("batch")
   if rows % shards:

@@ -4,6 +4,7 @@ Every array dimension has a logical name ("embed", "heads", "batch"); a table of
 rules maps names to mesh axes. Two tables matter: weights in the training layout
 are spread over fsdp x tensor; in the decode layout over tensor alone, because a
 gather of weights over fsdp inside the decode loop would be paid per token.
+`mesh.train_rules` and `mesh.decode_rules` of a config replace single rules.
 """
 
 import dataclasses
@@ -15,14 +16,17 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from opd_jax.config import MeshConfig
 from opd_jax.errors import InputError
 
 MESH_AXES = ("replica", "fsdp", "tensor", "context", "expert")
 
 Axes = tuple[str | None, ...]
+Rule = str | tuple[str, ...] | None
 
-TRAIN_RULES: Mapping[str, str | tuple[str, ...] | None] = {
+TRAIN_RULES: Mapping[str, Rule] = {
   "batch": ("replica", "fsdp", "expert"),
+  "sequence": "context",
   "layers": None,
   "vocab": "tensor",
   "embed": "fsdp",
@@ -37,15 +41,26 @@ DECODE_RULES = {**TRAIN_RULES, "embed": None}
 
 # Fewer key/value heads than tensor shards is usual (GQA): replicate them then.
 _REPLICATED_IF_UNEVEN = ("kv_heads",)
+# What a model may get too few of; see `Layout.fitting`.
+_IF_DIVISIBLE = ("batch", "sequence")
 
 
 def make_mesh(
-  sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None
+  sizes: Mapping[str, Any], devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
   """A mesh with the axes `MESH_AXES`; at most one size may be -1 (the rest).
 
+  Inside a slice the order of the devices follows its network. Several slices,
+  between which the network is slow, are spanned by `replica` as far as its size
+  allows, and by `fsdp` for the rest.
+
+  Args:
+    sizes: by axis, 1 if absent; other keys of a `MeshConfig` are not read.
+    devices: of the mesh; all by default.
+
   Raises:
-    InputError: the sizes do not multiply to the number of devices.
+    InputError: the sizes do not multiply to the number of devices, or the
+      slices divide neither `replica` nor `fsdp`.
   """
   devices = list(jax.devices() if devices is None else devices)
   full = {axis: sizes.get(axis, 1) for axis in MESH_AXES}
@@ -59,12 +74,44 @@ def make_mesh(
       f"mesh {shape} does not cover the {len(devices)} devices; make the sizes "
       "multiply to the device count, or set one of them to -1 to fill the rest"
     )
-  return jax.make_mesh(
-    tuple(full.values()),
+  slices = slices_of(devices)
+  across = _across_slices(full, len(slices))
+  within = tuple(full[axis] // across[axis] for axis in MESH_AXES)
+  types = (AxisType.Auto,) * len(MESH_AXES)
+  parts = [
+    jax.make_mesh(within, MESH_AXES, axis_types=types, devices=part)
+    for part in slices
+  ]
+  if len(parts) == 1:
+    return parts[0]
+  blocks = np.empty(len(parts), object)
+  blocks[:] = [part.devices for part in parts]
+  return Mesh(
+    np.block(blocks.reshape(tuple(across.values())).tolist()),
     MESH_AXES,
-    axis_types=(AxisType.Auto,) * len(MESH_AXES),
-    devices=devices,
+    axis_types=types,
   )
+
+
+def slices_of(devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
+  """Devices by slice: those that a fast network joins."""
+  slices: dict[int, list[jax.Device]] = {}
+  for device in devices:
+    slices.setdefault(getattr(device, "slice_index", 0), []).append(device)
+  return [slices[index] for index in sorted(slices)]
+
+
+def _across_slices(sizes: Mapping[str, int], slices: int) -> dict[str, int]:
+  """How many slices each axis spans."""
+  replica = math.gcd(sizes["replica"], slices)
+  fsdp = slices // replica
+  if sizes["fsdp"] % fsdp:
+    raise InputError(
+      f"mesh replica={sizes['replica']} x fsdp={sizes['fsdp']} cannot span "
+      f"{slices} slices; make mesh.replica a multiple of {slices}, so that "
+      "only gradients cross between slices"
+    )
+  return {**dict.fromkeys(MESH_AXES, 1), "replica": replica, "fsdp": fsdp}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,12 +119,10 @@ class Layout:
   """A mesh with one table of rules; hashable, so it may be static."""
 
   mesh: Mesh
-  rules: tuple[tuple[str, str | tuple[str, ...] | None], ...]
+  rules: tuple[tuple[str, Rule], ...]
 
   @classmethod
-  def create(
-    cls, mesh: Mesh, rules: Mapping[str, str | tuple[str, ...] | None]
-  ) -> "Layout":
+  def create(cls, mesh: Mesh, rules: Mapping[str, Rule]) -> "Layout":
     """A layout from a table of rules such as `TRAIN_RULES`."""
     return cls(mesh, tuple(sorted(rules.items())))
 
@@ -91,18 +136,16 @@ class Layout:
       shape: checked against the mesh if given.
 
     Raises:
-      InputError: a name without a rule, or a size its mesh axes do not divide.
+      InputError: a name without a rule, a size its mesh axes do not divide, or
+        two dimensions over one mesh axis.
     """
     rules = dict(self.rules)
+    self._check_names(axes)
     entries = []
     for index, name in enumerate(axes):
       if name is None:
         entries.append(None)
         continue
-      if name not in rules:
-        raise InputError(
-          f"no sharding rule for logical axis {name!r}; known: {sorted(rules)}"
-        )
       shards = self.shards(name)
       if shape is None or shape[index] % shards == 0:
         entries.append(rules[name])
@@ -115,15 +158,55 @@ class Layout:
         )
     return PartitionSpec(*entries)
 
+  def _check_names(self, axes: Axes) -> None:
+    """Raises unless all have rules, which use a mesh axis once."""
+    rules = dict(self.rules)
+    owners: dict[str, str] = {}
+    for name in filter(None, axes):
+      if name not in rules:
+        raise InputError(
+          f"no sharding rule for logical axis {name!r}; known: {sorted(rules)}"
+        )
+      for axis in self.mesh_axes(name):
+        if axis in owners:
+          raise InputError(
+            f"an array of {owners[axis]!r} x {name!r} cannot have both over "
+            f"mesh axis {axis!r}; take it out of one of the two in "
+            "mesh.train_rules or mesh.decode_rules"
+          )
+        owners[axis] = name
+
+  def fitting(self, axes: Axes, shape: Sequence[int]) -> Axes:
+    """Logical names, None for rows and slots that the mesh does not divide."""
+    return tuple(
+      None if name in _IF_DIVISIBLE and size % self.shards(name) else name
+      for name, size in zip(axes, shape, strict=True)
+    )
+
   def sharding(
     self, axes: Axes, shape: Sequence[int] | None = None
   ) -> NamedSharding:
     """`spec` on this mesh."""
     return NamedSharding(self.mesh, self.spec(axes, shape))
 
-  def replace(self, name: str, entry: str | tuple[str, ...] | None) -> "Layout":
-    """This layout with another rule for one logical name."""
-    return Layout.create(self.mesh, {**dict(self.rules), name: entry})
+  def computing(self) -> "Layout":
+    """This layout for what is computed with the slots of the rows.
+
+    Batch and sequence keep their mesh axes; another dimension that lies on one
+    of them too, as weights may, is gathered over it. Experts are left where
+    they are: rows are brought to them.
+    """
+    taken = self.mesh_axes("batch") + self.mesh_axes("sequence")
+    rules = dict(self.rules)
+    for name in rules.keys() - {"batch", "sequence", "experts"}:
+      if not set(self.mesh_axes(name)).isdisjoint(taken):
+        rules[name] = tuple(a for a in self.mesh_axes(name) if a not in taken)
+    return Layout.create(self.mesh, rules)
+
+  def in_shard(self, name: str) -> "Layout":
+    """This layout inside a map over the shards of batch or sequence."""
+    rules = {**dict(self.computing().rules), name: None}
+    return Layout.create(self.mesh, rules)
 
   def mesh_axes(self, name: str) -> tuple[str, ...]:
     """The mesh axes that a logical name is spread over."""
@@ -154,9 +237,9 @@ class Layout:
     return NamedSharding(self.mesh, PartitionSpec())
 
   def constrain(self, array: jax.Array, axes: Axes) -> jax.Array:
-    """Pins an intermediate array inside jit to its place."""
+    """Pins an intermediate array inside jit to its place; see `computing`."""
     return jax.lax.with_sharding_constraint(
-      array, self.sharding(axes, array.shape)
+      array, self.computing().sharding(axes, array.shape)
     )
 
   def tree_shardings(self, axes: Any, shapes: Any) -> Any:
@@ -167,3 +250,31 @@ class Layout:
       shapes,
       is_leaf=lambda node: isinstance(node, tuple),
     )
+
+
+def layouts(mesh: Mesh, config: MeshConfig) -> tuple[Layout, Layout]:
+  """The training and the decode layout of a run, with the rules of its config.
+
+  Raises:
+    InputError: a rule for a logical name that there is not.
+  """
+  return (
+    _layout(mesh, TRAIN_RULES, config.train_rules, "mesh.train_rules"),
+    _layout(mesh, DECODE_RULES, config.decode_rules, "mesh.decode_rules"),
+  )
+
+
+def _layout(
+  mesh: Mesh,
+  table: Mapping[str, Rule],
+  own: Mapping[str, Sequence[str]],
+  key: str,
+) -> Layout:
+  unknown = sorted(own.keys() - table.keys())
+  if unknown:
+    raise InputError(
+      f"{key}.{unknown[0]}: there is no such dimension; the rules are for "
+      f"{', '.join(table)}"
+    )
+  rules = {name: tuple(axes) for name, axes in own.items()}
+  return Layout.create(mesh, {**table, **rules})

@@ -1,8 +1,8 @@
 """Text to ids and back, and whether two models speak the same ids.
 
 The only importer of transformers, inside functions: the import takes seconds.
-Tokenizers are read from a local folder; nothing is downloaded, no code of the
-checkpoint is run.
+Tokenizers are read from a folder, on this machine or in a bucket; no code of
+the checkpoint is run.
 """
 
 import dataclasses
@@ -14,8 +14,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from opd_jax import storage
 from opd_jax.errors import InputError
 from opd_jax.imports import without_torch
+from opd_jax.storage import AnyPath
 
 _TOKENIZER_FILES = (
   "tokenizer.json",
@@ -45,7 +47,7 @@ class Tokenizer:
       generation_config.json, then the tokenizer's eos, each once.
   """
 
-  path: Path
+  path: AnyPath
   vocabulary: dict[int, str]
   special_ids: tuple[tuple[str, int | None], ...]
   stop_ids: tuple[int, ...]
@@ -182,14 +184,15 @@ class Tokenizer:
     return whole[len(list(shared)) :]
 
 
-def load(path: str | Path) -> Tokenizer:
-  """Reads the tokenizer in a checkpoint's folder.
+def load(path: str | AnyPath) -> Tokenizer:
+  """Reads the tokenizer in a checkpoint's folder, which may be in a bucket.
 
   Raises:
     InputError: no folder, no tokenizer in it, or one that cannot be read.
   """
-  path = Path(path)
-  if not any((path / name).is_file() for name in _TOKENIZER_FILES):
+  path = storage.to_path(path)
+  folder = storage.local_copy(path)
+  if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
     raise InputError(
       f"no tokenizer in {path}: expected one of {', '.join(_TOKENIZER_FILES)}; "
       "copy the tokenizer files of the checkpoint into that folder"
@@ -201,7 +204,7 @@ def load(path: str | Path) -> Tokenizer:
 
   try:
     backend: Any = AutoTokenizer.from_pretrained(
-      str(path), local_files_only=True, trust_remote_code=False
+      str(folder), local_files_only=True, trust_remote_code=False
     )
   except (ImportError, KeyError, OSError, ValueError) as error:
     raise InputError(
@@ -211,7 +214,7 @@ def load(path: str | Path) -> Tokenizer:
   special = tuple(
     (name, getattr(backend, f"{name}_token_id")) for name in _SPECIAL
   )
-  stop_ids = _generation_stop_ids(path)
+  stop_ids = _generation_stop_ids(folder)
   if backend.eos_token_id is not None:
     stop_ids = (*stop_ids, backend.eos_token_id)
   return Tokenizer(

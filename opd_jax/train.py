@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from opd_jax import flops, loop, preflight
+from opd_jax import flops, loop, preflight, processes
 from opd_jax import setup as setup_lib
-from opd_jax.config import ModelSource, RunConfig
+from opd_jax.config import FrozenModelSource, RunConfig
 from opd_jax.data.prompts import Batch, Tokens
 from opd_jax.evaluate import Accuracy
 from opd_jax.meter import Work
@@ -54,7 +54,7 @@ def train(config: RunConfig, workdir: str | Path) -> Summary:
   began = time.monotonic()
   setup = setup_lib.prepare(config)
   step = setup_lib.make_step(setup)
-  report = preflight.inspect(setup, step)
+  report = processes.from_first(lambda: preflight.inspect(setup, step))
   report.enforce()
   return loop.run(
     Distillation(setup, step, report),
@@ -220,9 +220,9 @@ def load_frozen(config: RunConfig, scorer: Scorer) -> dict[str, Weights]:
   Those of several teachers are a tuple, in the order of `Scorer.models`. Two
   models of the same checkpoint and dtype hold the same arrays.
   """
-  loaded: dict[ModelSource, Params] = {}
+  loaded: dict[FrozenModelSource, Params] = {}
 
-  def load(source: ModelSource, model: Model) -> Params:
+  def load(source: FrozenModelSource, model: Model) -> Params:
     if source not in loaded:
       loaded[source] = hf.load(source.path, model, source.compute_dtype)
     return loaded[source]

@@ -7,10 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from opd_jax import objectives, optim
-from opd_jax.config import OptimizerConfig, RolloutConfig, SamplingConfig
+from opd_jax.config import (
+  MeshConfig,
+  OptimizerConfig,
+  RolloutConfig,
+  SamplingConfig,
+)
 from opd_jax.models import Model, ModelConfig
 from opd_jax.scoring import Scorer
-from opd_jax.sharding import DECODE_RULES, TRAIN_RULES, Layout, make_mesh
+from opd_jax.sharding import layouts, make_mesh
 from opd_jax.step import Step
 from opd_jax.types import PromptBatch, StepInputs
 from tests.objectives import toys
@@ -97,10 +102,9 @@ OBJECTIVES = (
 )
 
 
-def make_step(name="gkd", *, mesh=None, devices=1, **changes):
+def make_step(name="gkd", *, mesh=None, devices=1, rules=None, **changes):
   mesh = make_mesh(mesh or {}, jax.devices()[:devices])
-  train = Layout.create(mesh, TRAIN_RULES)
-  decode = Layout.create(mesh, DECODE_RULES)
+  train, decode = layouts(mesh, MeshConfig(**(rules or {})))
   config = OptimizerConfig(
     learning_rate=1e-3, warmup_steps=2, schedule="cosine", weight_decay=0.1
   )

@@ -221,13 +221,7 @@ def report_of(folder, groups, **changes):
     )
     for group in groups
   )
-  scores = [
-    [problems.verifier.score(text, answer, "") for text in group]
-    for group, answer in zip(groups, problems.answers, strict=True)
-  ]
-  return evaluate.Report(
-    problems=problems, completions=completions, scores=np.array(scores)
-  )
+  return evaluate.judge(problems, completions)
 
 
 def test_metrics_by_hand(folder):

@@ -15,7 +15,16 @@ import pytest
 PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "opd_jax"
 
 # Each layer may use those above it. Name a group only to shorten the table.
-BASE = {"errors", "types", "config", "parsing", "sharding", "sequences"}
+BASE = {
+  "errors",
+  "types",
+  "config",
+  "parsing",
+  "sharding",
+  "sequences",
+  "processes",
+  "storage",
+}
 TEXT = {"tokenizer", "templates", "arith", "data"}
 PARTS = BASE | {"models", "sampling", "objectives"} | TEXT
 CORE = PARTS | {
@@ -57,6 +66,8 @@ ALLOWED = {
   "parsing": {"errors", "config"},
   "sharding": {"errors", "types", "config"},
   "sequences": {"errors", "types", "config"},
+  "processes": {"errors"},
+  "storage": {"errors"},
   #
   "models": BASE,
   "sampling": BASE,

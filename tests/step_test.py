@@ -223,9 +223,27 @@ def test_the_reference_is_read():
   ],
 )
 def test_eight_devices_are_one(name, micro_batches):
+  _assert_eight_devices_are_one(name, micro_batches)
+
+
+def test_eight_devices_are_one_by_other_rules():
+  """Weights lie along other dimensions; decoding cuts them in four."""
+  wide = ["tensor", "fsdp"]
+  _assert_eight_devices_are_one(
+    "gkd",
+    2,
+    rules={
+      "train_rules": {"embed": [], "vocab": wide, "ffw": wide, "heads": wide},
+      "decode_rules": {"batch": ["replica"], "ffw": wide, "heads": wide},
+    },
+  )
+
+
+def _assert_eight_devices_are_one(name, micro_batches, rules=None):
   changes = {
     "mesh": {"replica": 2, "fsdp": 2, "tensor": 2},
     "devices": 8,
+    "rules": rules,
     "micro_batches": micro_batches,
   }
   step = engine.make_step(name, **changes)

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from opd_jax.cli import distributed
 from opd_jax.cli.flags import (
   check_folder,
   define_config,
@@ -30,20 +31,14 @@ def run(
   from absl import flags
 
   values = new()
-  options: dict[str, Any] = {"flag_values": values}
   define_config(values)
   flags.DEFINE_string(
     "workdir",
     None,
     "folder of the run; a run begun there is resumed",
-    **options,
+    flag_values=values,
   )
-  flags.DEFINE_boolean(
-    "distributed",
-    False,
-    "this is one process of many: find the others with jax.distributed",
-    **options,
-  )
+  distributed.define(values)
   overrides, others = split_overrides(arguments)
   if not parse(values, command, others, required=("config", "workdir")):
     return 0
@@ -53,11 +48,10 @@ def run(
   config = parsing.load(config_class, values.config, overrides)
   import jax
 
-  if values.distributed:
-    jax.distributed.initialize()
-  summary = start(config, values.workdir)
-  if jax.process_index() == 0:
-    _report(summary, config.steps)
+  with distributed.Joined(values):
+    summary = start(config, values.workdir)
+    if jax.process_index() == 0:
+      _report(summary, config.steps)
   return 0 if summary.finished else 128 + summary.signal
 
 

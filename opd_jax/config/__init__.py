@@ -27,6 +27,7 @@ from opd_jax.config.run import (
 from opd_jax.config.selection import SelectionConfig
 from opd_jax.config.step import (
   BatchConfig,
+  FrozenModelSource,
   MeshConfig,
   ModelSource,
   OptimizerConfig,
@@ -41,6 +42,7 @@ __all__ = [
   "CheckpointConfig",
   "DataConfig",
   "EvalConfig",
+  "FrozenModelSource",
   "HeldOutConfig",
   "LogConfig",
   "MeshConfig",

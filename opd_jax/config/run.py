@@ -11,8 +11,8 @@ from opd_jax.config.rollout import RolloutConfig
 from opd_jax.config.selection import SelectionConfig
 from opd_jax.config.step import (
   BatchConfig,
+  FrozenModelSource,
   MeshConfig,
-  ModelSource,
   OptimizerConfig,
   PackedBatchConfig,
   SamplingConfig,
@@ -122,11 +122,11 @@ class RunConfig:
   """
 
   student: TrainedModelSource
-  teacher: ModelSource
-  domain_teachers: Mapping[str, ModelSource] = dataclasses.field(
+  teacher: FrozenModelSource
+  domain_teachers: Mapping[str, FrozenModelSource] = dataclasses.field(
     default_factory=dict
   )
-  reference: ModelSource | None = None
+  reference: FrozenModelSource | None = None
   data: DataConfig
   sampling: SamplingConfig = SamplingConfig()
   rollout: RolloutConfig = RolloutConfig()
@@ -161,6 +161,16 @@ class RunConfig:
       "objective.name must name an objective, got "
       f"{self.objective.get('name')!r}",
     )
+    for key, draws in (
+      ("rollout.teacher_mix", self.rollout.teacher_mix > 0),
+      ("eval.teacher", self.eval.source is not None and self.eval.teacher),
+    ):
+      require(
+        not (self.teacher.offload and draws),
+        f"teacher.offload = True, and {key} draws tokens from the teacher, for "
+        "which its layers would come to the device once per token; leave out "
+        "one of the two",
+      )
     names = list(self.data.sources)
     for name in self.domain_teachers:
       require(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Literal
 
 from opd_jax.config.checks import require
@@ -12,13 +13,37 @@ class ModelSource:
   """A Hugging Face checkpoint.
 
   Attributes:
-    path: a local folder, or `org/name` or `org/name@revision` in the Hub cache.
+    path: a local folder, `gs://bucket/folder`, or `org/name` or
+      `org/name@revision` in the Hub cache.
     compute_dtype: of activations, and of the weights while they are used. A
       frozen model is held in it; a trained one has float32 master weights.
   """
 
   path: str
   compute_dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FrozenModelSource(ModelSource):
+  """A Hugging Face checkpoint that stays as it is.
+
+  Attributes:
+    weight_dtype: "int8" holds the kernels of the layers as int8 with a scale
+      per output channel, quantized as they are read; activations keep the
+      compute dtype. None holds all weights in that.
+    offload: the layers lie in the memory of the hosts, and each comes to the
+      devices when it runs.
+  """
+
+  weight_dtype: Literal["int8"] | None = None
+  offload: bool = False
+
+  def __post_init__(self):
+    require(
+      not (self.offload and self.weight_dtype == "int8"),
+      f'{self.path}: offload = True with weight_dtype = "int8" would bring all '
+      "layers to the device at once; leave out one of the two",
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -235,14 +260,21 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-  """Sizes of the mesh axes; -1 on one of them takes the remaining devices.
+  """Sizes of the mesh axes, and what is spread over them.
+
+  A size of -1, on one axis, takes the remaining devices.
 
   Attributes:
-    replica: data parallel, may span slices.
+    replica: data parallel. Several slices are spanned by it as far as it is a
+      multiple of them, by fsdp otherwise.
     fsdp: data parallel with weights and optimizer state spread over it.
     tensor: heads, feed-forward and vocabulary spread over it.
-    context: for the sequence; must be 1, nothing is spread over it yet.
+    context: slots of the rows spread over it, and of the cache.
     expert: data parallel, and the experts of a mixture spread over it.
+    train_rules: by name of a dimension, the mesh axes that it is spread over in
+      training, in place of the default: `{"vocab": ["tensor", "fsdp"],
+      "embed": []}`. Names and defaults are in `docs/design.md`.
+    decode_rules: the same while tokens are drawn.
   """
 
   replica: int = 1
@@ -250,9 +282,24 @@ class MeshConfig:
   tensor: int = 1
   context: int = 1
   expert: int = 1
+  train_rules: Mapping[str, tuple[str, ...]] = dataclasses.field(
+    default_factory=dict
+  )
+  decode_rules: Mapping[str, tuple[str, ...]] = dataclasses.field(
+    default_factory=dict
+  )
+
+  @property
+  def sizes(self) -> dict[str, int]:
+    """The sizes by axis."""
+    return {
+      field.name: getattr(self, field.name)
+      for field in dataclasses.fields(self)
+      if not field.name.endswith("_rules")
+    }
 
   def __post_init__(self):
-    sizes = dataclasses.asdict(self)
+    sizes = self.sizes
     for name, size in sizes.items():
       require(
         size >= 1 or size == -1,
@@ -262,8 +309,13 @@ class MeshConfig:
     require(
       len(free) <= 1, f"only one mesh axis may be -1, got {', '.join(free)}"
     )
-    require(
-      self.context == 1,
-      "mesh.context must be 1: nothing is spread over it yet, got "
-      f"{self.context}; use fsdp and tensor",
-    )
+    for key in ("train_rules", "decode_rules"):
+      for name, axes in getattr(self, key).items():
+        require(
+          isinstance(axes, list | tuple)
+          and all(axis in sizes for axis in axes)
+          and len(set(axes)) == len(axes),
+          f"mesh.{key}.{name} must list mesh axes, each of "
+          f"{', '.join(sizes)} at most once, got {axes!r}; [] spreads it over "
+          "none",
+        )

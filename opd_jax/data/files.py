@@ -3,7 +3,7 @@
 import datetime
 import decimal
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,18 @@ _TIMES = datetime.date | datetime.time
 _OTHERS = datetime.timedelta | decimal.Decimal
 
 
-def read_jsonl(path: str | Path) -> list[Row]:
+# Which rows to read, of their number.
+Pick = Callable[[int], range]
+
+
+def read_jsonl(path: str | Path, pick: Pick = range) -> list[Row]:
   """Rows of a JSONL file, each an object.
 
   Blank lines at the end are ignored.
+
+  Args:
+    path: of the file.
+    pick: the rows to read, of how many there are; all by default.
 
   Raises:
     InputError: no file, no rows, or a row (named by its 1-based line) that is
@@ -34,10 +42,10 @@ def read_jsonl(path: str | Path) -> list[Row]:
   if lines == [b""]:
     raise InputError(f"data file {path} has no rows; write one object a line")
   rows = []
-  for number, line in enumerate(lines, start=1):
-    where = f"{path}, line {number}"
+  for index in pick(len(lines)):
+    where = f"{path}, line {index + 1}"
     try:
-      row = json.loads(line)
+      row = json.loads(lines[index])
     except ValueError as error:
       raise InputError(
         f"{where}: not valid JSON ({error}); every line must be one object"
@@ -51,11 +59,15 @@ def read_jsonl(path: str | Path) -> list[Row]:
   return rows
 
 
-def read_parquet(path: str | Path) -> list[Row]:
+def read_parquet(path: str | Path, pick: Pick = range) -> list[Row]:
   """Rows of a Parquet file, its columns as fields.
 
   Lists and structs become lists and dicts, binary columns, dates, times and
   decimals text.
+
+  Args:
+    path: of the file.
+    pick: the rows to read, of how many there are; all by default.
 
   Raises:
     InputError: no file, one that is no Parquet file, or no rows.
@@ -75,7 +87,9 @@ def read_parquet(path: str | Path) -> list[Row]:
     ) from error
   if not table.num_rows:
     raise InputError(f"data file {path} has no rows")
-  return [plain(row) for row in table.to_pylist()]
+  rows = pick(table.num_rows)
+  part = table.slice(rows.start, len(rows))
+  return [plain(row) for row in part.to_pylist()]
 
 
 def plain(value: Any) -> Any:

@@ -2,12 +2,14 @@
 
 An example is a prompt, its completion and an end-of-sequence id. All of them
 are tokenised up front, so bad rows and lengths are known before any device
-work. The endless order of the examples is cut into windows; the examples of a
-window are put into rows by first fit, so that a row of the run depends on the
-seed and its number alone. Arrays are numpy's.
+work; several processes do a share each. The endless order of the examples is
+cut into windows; the examples of a window are put into rows by first fit, so
+that a row of the run depends on the seed and its number alone. Arrays are
+numpy's.
 """
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,9 +18,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int
 
-from opd_jax import templates
-from opd_jax.config import SftDataConfig
+from opd_jax import processes, templates
+from opd_jax.config import SftDataConfig, SourceConfig
 from opd_jax.data import order, sources
+from opd_jax.data.ragged import Ragged
 from opd_jax.errors import InputError
 from opd_jax.tokenizer import Tokenizer
 
@@ -246,40 +249,29 @@ def _prepare(
       "no completion could be taught to end; set eos_token in its "
       "tokenizer_config.json, or eos_token_id in generation_config.json"
     )
-  end = tokenizer.stop_ids[0]
   kept: list[Example] = []
   counts: list[int] = []
   empty = dropped = longest = rows = 0
   for name, source in config.sources.items():
-    before = len(kept), dropped, empty
-    for index, row in enumerate(sources.read(source)):
-      where = sources.where(source, index)
-      prompt = templates.prompt(source.prompt, row, tokenizer, where).ids
-      text = templates.fill(source.completion, row, where)
-      completion = tokenizer.encode(text, special_tokens=False)
-      if completion[-1:] != [end]:
-        completion.append(end)
-      ids = [*prompt, *completion]
-      sources.check_ids(ids, vocab_size, where)
-      rows += 1
-      longest = max(longest, len(ids))
-      # Else they would teach to end at once.
-      if completion == [end]:
-        empty += 1
-      elif len(ids) > row_tokens:
-        dropped += 1
-      else:
-        kept.append(
-          Example(ids=np.asarray(ids, np.int32), prompt_length=len(prompt))
-        )
-    counts.append(len(kept) - before[0])
-    if not counts[-1]:
+    shares = processes.exchange(
+      functools.partial(_share, source, tokenizer, row_tokens, vocab_size)
+    )
+    examples = [one for share in shares for one in share.examples()]
+    too_long = sum(share.dropped for share in shares)
+    without = sum(share.empty for share in shares)
+    longest = max(longest, *(share.longest for share in shares))
+    if not examples:
       raise InputError(
-        f"no row of data.sources.{name} can be used: {dropped - before[1]} are "
+        f"no row of data.sources.{name} can be used: {too_long} are "
         f"longer than batch.row_tokens = {row_tokens} (the longest has "
-        f"{longest} ids) and {empty - before[2]} have an empty completion; "
+        f"{longest} ids) and {without} have an empty completion; "
         "raise batch.row_tokens, or look at the templates prompt and completion"
       )
+    kept += examples
+    counts.append(len(examples))
+    dropped += too_long
+    empty += without
+    rows += sum(share.count for share in shares)
   return (
     kept,
     counts,
@@ -292,6 +284,58 @@ def _prepare(
       "longest_kept": max(len(example.ids) for example in kept),
       "mean_length": sum(len(example.ids) for example in kept) / len(kept),
     },
+  )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Share:
+  """What a process made of its rows of a source, as it is sent."""
+
+  ids: Ragged
+  prompt_lengths: tuple[int, ...]
+  count: int
+  dropped: int
+  empty: int
+  longest: int
+
+  def examples(self) -> Iterator[Example]:
+    for ids, length in zip(self.ids.rows(), self.prompt_lengths, strict=True):
+      yield Example(ids=ids, prompt_length=length)
+
+
+def _share(
+  source: SourceConfig, tokenizer: Tokenizer, row_tokens: int, vocab_size: int
+) -> _Share:
+  end = tokenizer.stop_ids[0]
+  kept: list[np.ndarray] = []
+  prompt_lengths: list[int] = []
+  empty = dropped = longest = 0
+  first, rows = sources.read_share(source)
+  for index, row in enumerate(rows, start=first):
+    where = sources.where(source, index)
+    prompt = templates.prompt(source.prompt, row, tokenizer, where).ids
+    text = templates.fill(source.completion, row, where)
+    completion = tokenizer.encode(text, special_tokens=False)
+    if completion[-1:] != [end]:
+      completion.append(end)
+    ids = [*prompt, *completion]
+    sources.check_ids(ids, vocab_size, where)
+    longest = max(longest, len(ids))
+    # Else they would teach to end at once.
+    if completion == [end]:
+      empty += 1
+    elif len(ids) > row_tokens:
+      dropped += 1
+    else:
+      kept.append(np.asarray(ids, np.int32))
+      prompt_lengths.append(len(prompt))
+  return _Share(
+    ids=Ragged.of(kept),
+    prompt_lengths=tuple(prompt_lengths),
+    count=len(rows),
+    dropped=dropped,
+    empty=empty,
+    longest=longest,
   )
 
 

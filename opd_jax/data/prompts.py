@@ -1,14 +1,15 @@
 """Rows of data to prompts, in an order that can be resumed.
 
-Prompts are small: every host tokenises all of them up front, so bad rows,
-counts and lengths are known before any device work, and makes the same batches.
-Arrays are numpy's.
+Prompts are small: all of them are tokenised up front, so bad rows, counts and
+lengths are known before any device work. Several processes read and tokenise a
+share each and exchange the ids; then all make the same batches. Arrays are
+numpy's.
 """
 
 import bisect
 import dataclasses
+import functools
 import hashlib
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,10 +17,11 @@ import grain
 import numpy as np
 from jaxtyping import Int
 
-from opd_jax import templates
+from opd_jax import processes, templates
 from opd_jax.config import DataConfig
 from opd_jax.data import order, sources, store
 from opd_jax.data.files import Row
+from opd_jax.data.ragged import Ragged
 from opd_jax.errors import InputError
 from opd_jax.templates import Prompt
 from opd_jax.tokenizer import Tokenizer
@@ -112,13 +114,51 @@ class Example:
 class _Ids:
   """The ids of a row as both models read them, and those that are given.
 
-  `answer` is None where nobody asks for it.
+  `teacher` is the array of the student where it reads the same; `answer` is
+  None where nobody asks for it.
   """
 
   student: np.ndarray
   teacher: np.ndarray
   given: np.ndarray
   answer: str | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Share:
+  """What a process made of its rows of a source, as it is sent."""
+
+  index: tuple[int, ...]
+  student: Ragged
+  teacher: Ragged | None
+  given: Ragged
+  answers: tuple[str | None, ...]
+  report: PromptReport
+
+  @classmethod
+  def of(cls, kept: Mapping[int, _Ids], report: PromptReport) -> "_Share":
+    rows = list(kept.values())
+    same = all(ids.teacher is ids.student for ids in rows)
+    return cls(
+      index=tuple(kept),
+      student=Ragged.of([ids.student for ids in rows]),
+      teacher=None if same else Ragged.of([ids.teacher for ids in rows]),
+      given=Ragged.of([ids.given for ids in rows]),
+      answers=tuple(ids.answer for ids in rows),
+      report=report,
+    )
+
+  def rows(self) -> Iterator[tuple[int, _Ids]]:
+    student = self.student.rows()
+    teacher = student if self.teacher is None else self.teacher.rows()
+    for index, *ids, answer in zip(
+      self.index, student, teacher, self.given.rows(), self.answers, strict=True
+    ):
+      read, scored, given = ids
+      yield (
+        index,
+        _Ids(student=read, teacher=scored, given=given, answer=answer),
+      )
 
 
 class Prompts(Iterator[Batch]):
@@ -188,19 +228,23 @@ class Prompts(Iterator[Batch]):
     first = 0
     self._firsts: list[int] = []
     for name in config.sources:
-      kept, report = _prepare(
-        config,
-        self._examples(name),
-        vocab_size,
-        self._teachers[name][1],
-        completion_tokens,
-        config.sources[name].answer if with_answers else None,
+      shares = processes.exchange(
+        functools.partial(
+          self._share,
+          name,
+          vocab_size,
+          completion_tokens,
+          config.sources[name].answer if with_answers else None,
+        )
       )
-      self.reports[name] = report
+      kept = {
+        first + index: ids for share in shares for index, ids in share.rows()
+      }
+      self.reports[name] = _total([share.report for share in shares])
       self._firsts.append(first)
-      rows_of[name] = [first + index for index in kept]
-      self._rows |= {first + index: ids for index, ids in kept.items()}
-      first += report.rows
+      rows_of[name] = list(kept)
+      self._rows |= kept
+      first += self.reports[name].rows
     self.report = _total(list(self.reports.values()))
     _check_kept(config, self.reports)
     self.teacher_window = None
@@ -259,11 +303,11 @@ class Prompts(Iterator[Batch]):
 
     They are read again: nothing but the ids of all rows is kept.
     """
-    return [
-      example
-      for name in self._config.sources
-      for example in itertools.islice(self._examples(name), count)
-    ]
+    found = []
+    for name, source in self._config.sources.items():
+      rows = enumerate(sources.read(source)[:count])
+      found += [self._example(name, index, row) for index, row in rows]
+    return found
 
   def get_state(self) -> dict[str, Any]:
     """Where the iterator stands, as JSON."""
@@ -286,31 +330,52 @@ class Prompts(Iterator[Batch]):
   def _source_of(self, row: int) -> int:
     return bisect.bisect_right(self._firsts, row) - 1
 
-  def _examples(self, name: str) -> Iterator[Example]:
+  def _share(
+    self,
+    name: str,
+    vocab_size: int,
+    completion_tokens: int,
+    answer: str | None,
+  ) -> _Share:
+    """What this process makes of its rows of a source."""
+    first, rows = sources.read_share(self._config.sources[name])
+    kept, report = _prepare(
+      self._config,
+      (
+        self._example(name, index, row)
+        for index, row in enumerate(rows, start=first)
+      ),
+      vocab_size,
+      self._teachers[name][1],
+      completion_tokens,
+      answer,
+    )
+    return _Share.of(kept, report)
+
+  def _example(self, name: str, index: int, row: Row) -> Example:
     source = self._config.sources[name]
     teacher_tokenizer, _ = self._teachers[name]
-    for index, row in enumerate(sources.read(source)):
-      where = sources.where(source, index)
-      teacher = None
-      if source.teacher_prompt is not None:
-        if teacher_tokenizer is None:
-          raise ValueError(f"source {name} needs the teacher's tokenizer")
-        teacher = templates.prompt(
-          source.teacher_prompt, row, teacher_tokenizer, where
-        )
-      student = templates.prompt(source.prompt, row, self._tokenizer, where)
-      given = None
-      if source.given:
-        given = store.given_ids(row, student.ids, self._stop_ids, where)
-      yield Example(
-        source=name,
-        index=index,
-        where=where,
-        row=row,
-        student=student,
-        teacher=teacher,
-        given=given,
+    where = sources.where(source, index)
+    teacher = None
+    if source.teacher_prompt is not None:
+      if teacher_tokenizer is None:
+        raise ValueError(f"source {name} needs the teacher's tokenizer")
+      teacher = templates.prompt(
+        source.teacher_prompt, row, teacher_tokenizer, where
       )
+    student = templates.prompt(source.prompt, row, self._tokenizer, where)
+    given = None
+    if source.given:
+      given = store.given_ids(row, student.ids, self._stop_ids, where)
+    return Example(
+      source=name,
+      index=index,
+      where=where,
+      row=row,
+      student=student,
+      teacher=teacher,
+      given=given,
+    )
 
 
 def _prepare(

@@ -6,7 +6,9 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from opd_jax import arith
+import jax
+
+from opd_jax import arith, processes
 from opd_jax.config import SourceConfig
 from opd_jax.data import tfds
 from opd_jax.data.files import Row, read_jsonl, read_parquet
@@ -54,6 +56,31 @@ def read(config: SourceConfig) -> list[Row]:
       return rows[: config.rows]
   kept.append((key, _read(config)))
   return kept[-1][1][: config.rows]
+
+
+def read_share(config: SourceConfig) -> tuple[int, list[Row]]:
+  """This process's share of the rows: the index of its first, and the rows.
+
+  Of a file no others are parsed.
+
+  Raises:
+    InputError: no such source, or one that cannot be read.
+  """
+  suffix = Path(config.path).suffix
+  if jax.process_count() == 1 or suffix not in FILES:
+    rows = read(config)
+    mine = processes.share(len(rows))
+    return mine.start, rows[mine.start : mine.stop]
+  _check_file(config)
+  mine = range(0)
+
+  def pick(count: int) -> range:
+    nonlocal mine
+    mine = processes.share(min(count, config.rows or count))
+    return mine
+
+  rows = FILES[suffix](config.path, pick)
+  return mine.start, rows
 
 
 def _read(config: SourceConfig) -> list[Row]:

@@ -135,5 +135,7 @@ def _weights(step: Step, same_weights: bool) -> Iterable[Part]:
       size=shard_bytes(model.abstract_params(model.compute_dtype)),
       phase="always",
       exact=True,
-      formula=f"parameters x {itemsize(model)} bytes",
+      formula=f"parameters x {itemsize(model)} bytes"
+      + (", kernels x 1" if model.weight_dtype == "int8" else "")
+      + (", layers on the host" if model.offload else ""),
     )

@@ -10,11 +10,13 @@ import jax.numpy as jnp
 from opd_jax.memory.parts import (
   Part,
   Phase,
+  attended,
   columns,
   itemsize,
   local,
   shard_bytes,
   share,
+  slots_of,
 )
 from opd_jax.models import Model
 from opd_jax.models.cache import CACHE_AXES, KVCache
@@ -66,12 +68,10 @@ def decode_copy(held: Params, decoder: Model) -> list[jax.ShapeDtypeStruct]:
 
 def cache(model: Model, rows: int, slots: int) -> KVCache:
   """The keys and values of `rows` rows of `slots` slots, in their places."""
-  spread = rows % model.layout.shards("batch") == 0
 
   def place(leaf: Any) -> Any:
     axes = CACHE_AXES if len(leaf.shape) == len(CACHE_AXES) else ("batch", None)
-    if not spread:
-      axes = tuple(None if name == "batch" else name for name in axes)
+    axes = model.layout.fitting(axes, leaf.shape)
     sharding = model.layout.sharding(axes, leaf.shape)
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
@@ -140,9 +140,8 @@ def _decoder(
     phase=prefill,
     exact=False,
     formula=(
-      "tokens x width, twice, and the larger of rows x heads x slots x slots x "
-      f"4, twice, with tokens x heads x head size x {itemsize(model)}, twice, "
-      f"and tokens x inner width x {itemsize(model)}, three times"
+      "tokens x width, twice, and the larger of attention and of tokens x "
+      f"inner width x {itemsize(model)}, three times"
     ),
   )
   yield Part(
@@ -176,8 +175,8 @@ def _prefilled_layer(model: Model, prompts: int, window: int) -> int:
   """Bytes of the fuller half of a layer that reads all slots of the prompts."""
   config = local(model.config, model.layout.shards("heads"))
   rows = share(prompts, model.layout)
-  tokens = rows * window * itemsize(model)
-  scores = rows * config.num_heads * window * window * 4
-  attention = 2 * scores + 2 * tokens * config.num_heads * config.head_size
+  tokens = rows * slots_of(window, model.layout) * itemsize(model)
+  attention = attended(model, rows, window)
+  attention += 2 * tokens * config.num_heads * config.head_size
   inner = 3 * tokens * config.intermediate_size
   return 2 * tokens * config.hidden_size + max(attention, inner)

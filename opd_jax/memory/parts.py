@@ -7,7 +7,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from opd_jax.models import Model, ModelConfig
+from opd_jax.models import HOST_MEMORY, Model, ModelConfig
+from opd_jax.models.attention import Blocks, scored
 from opd_jax.sharding import Layout
 from opd_jax.step import Step
 
@@ -50,11 +51,15 @@ class Part:
 
 
 def shard_bytes(tree: Any) -> int:
-  """Bytes of one device's shards of arrays or `ShapeDtypeStruct`s."""
+  """Bytes of one device's shards of arrays or `ShapeDtypeStruct`s.
+
+  What lies in the host's memory is not counted.
+  """
   return sum(
     math.prod(leaf.sharding.shard_shape(leaf.shape))
     * jnp.dtype(leaf.dtype).itemsize
     for leaf in jax.tree.leaves(tree)
+    if leaf.sharding.memory_kind != HOST_MEMORY
   )
 
 
@@ -94,6 +99,24 @@ def share(rows: int, layout: Layout) -> int:
   """Rows on one device; too few to spread are on all of them."""
   shards = layout.shards("batch")
   return rows if rows % shards else rows // shards
+
+
+def slots_of(slots: int, layout: Layout) -> int:
+  """Slots of a row on one device."""
+  return math.ceil(slots / layout.shards("sequence"))
+
+
+def attended(model: Model, rows: int, slots: int) -> int:
+  """Bytes of the scores of attention, of rows on one device.
+
+  In blocks, with the queries and the float32 sums of what they mix.
+  """
+  config = local(model.config, model.layout.shards("heads"))
+  size = 2 * scored(slots, model.layout) * 4
+  if Blocks.of(slots, model.layout) is not None:
+    held = slots_of(slots, model.layout) * config.head_size
+    size += held * (4 + itemsize(model))
+  return rows * config.num_heads * size
 
 
 def columns(model: Model) -> int:

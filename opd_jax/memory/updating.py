@@ -10,12 +10,14 @@ import jax.numpy as jnp
 
 from opd_jax.memory.parts import (
   Part,
+  attended,
   columns,
   frozen,
   itemsize,
   local,
   shard_bytes,
   share,
+  slots_of,
 )
 from opd_jax.models import Model
 from opd_jax.sharding import Layout, make_mesh
@@ -57,23 +59,23 @@ def update(
     phase="update",
     exact=False,
     formula=(
-      f"kept for the backward pass, {rows} rows x {slots} slots, traced with "
+      f"kept for the backward pass, {rows} rows x "
+      f"{slots_of(slots, student.layout)} slots, traced with "
       f"student.remat = {student.remat!r}"
     ),
   )
   widths = sum(model.config.hidden_size * itemsize(model) for model in models)
   yield Part(
     name="hidden states",
-    size=2 * rows * length * widths,
+    size=2 * rows * slots_of(length, student.layout) * widths,
     phase="update",
     exact=False,
     formula="tokens x width of each model, twice",
   )
   attention = []
   for role, model in scored.items():
-    heads = model.config.num_heads // model.layout.shards("heads")
     seen = length + (window if role == "reference" else teacher_window)
-    attention.append((2 * rows * heads * seen * seen * 4, role))
+    attention.append((attended(model, rows, seen), role))
   if attention:
     size, role = max(attention)  # One model runs after the other.
     yield Part(
@@ -81,7 +83,7 @@ def update(
       size=size,
       phase="frozen forward",
       exact=False,
-      formula="rows x heads x slots x slots x 4 bytes, twice",
+      formula="rows x heads x scores x 4 bytes, twice",
     )
   chosen = length
   if step.selector is not None:
@@ -94,6 +96,7 @@ def update(
       formula="tokens that may be chosen x width of each model, twice",
     )
   # The pass that ranks all tokens has chunks of no more slots.
+  chosen = slots_of(chosen, student.layout)
   tokens = rows * min(max(step.scorer.chunk_tokens // max(1, rows), 1), chosen)
   width = sum(map(columns, models))
   yield Part(
@@ -131,11 +134,12 @@ def update(
 def _heads(models: list[Model]) -> int:
   """Bytes of the heads in the loop: the student's, its gradients, the others'.
 
-  The gradient is there as a sum, as that of a chunk, and where the batch is
+  The gradient is there as a sum, as that of a chunk, and where tokens are
   spread as the sum over the devices.
   """
   student = models[0]
-  copies = 2 + (student.layout.shards("batch") > 1)
+  spread = student.layout.shards("batch") * student.layout.shards("sequence")
+  copies = 2 + (spread > 1)
   size = copies * columns(student) * student.config.hidden_size * 4
   for model in models:
     weights = columns(model) * model.config.hidden_size
@@ -150,6 +154,7 @@ def _heads(models: list[Model]) -> int:
 def _activations(step: Step, rows: int, window: int) -> tuple[int, int]:
   """Bytes kept for the backward pass, and those of a layer while it runs."""
   student = step.scorer.student
+  shards = student.layout.shards("sequence")
   one = Layout.create(
     make_mesh({}, jax.local_devices()[:1]), dict(student.layout.rules)
   )
@@ -159,7 +164,8 @@ def _activations(step: Step, rows: int, window: int) -> tuple[int, int]:
   def kept(model: Model, layers: int) -> list[int]:
     config = dataclasses.replace(model.config, num_layers=layers)
     model = dataclasses.replace(model, config=config)
-    return _residuals(step, model, rows, window)
+    found = _residuals(step, model, rows, window)
+    return [size // shards for size in found]
 
   total = sum(kept(alone, config.num_layers))
   if student.remat == "none":

@@ -8,15 +8,31 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from opd_jax.models import layers, rope, transformer
-from opd_jax.models.cache import CACHE_AXES, KVCache
+from opd_jax.errors import InputError
+from opd_jax.models import (
+  attention,
+  experts,
+  layers,
+  quantize,
+  rope,
+  transformer,
+)
+from opd_jax.models.cache import (
+  CACHE_AXES,
+  KVCache,
+  attend_in_blocks,
+  block_count,
+)
 from opd_jax.models.config import ModelConfig
 from opd_jax.sharding import Axes, Layout
 from opd_jax.types import MASKED_LOGPROB, Params
 
 _HEAD = "lm_head"
+# The kind of memory of a host from which a device can read by itself.
+HOST_MEMORY = "pinned_host"
 
 _REMAT_POLICIES = {
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -25,9 +41,12 @@ _REMAT_POLICIES = {
 
 
 class _View(NamedTuple):
-  """What a layer knows of places: who sees whom, and the rotations."""
+  """What a layer knows of places: who sees whom, and the rotations.
 
-  visible: Bool[Array, "B T S"]
+  `visible` is None where attention runs in blocks, which find it themselves.
+  """
+
+  visible: Bool[Array, "B T S"] | None
   cosine: Float[Array, "B T 1 H2"]
   sine: Float[Array, "B T 1 H2"]
 
@@ -49,28 +68,45 @@ class Model:
       they are used; norms, rotations, softmax and logits are float32 in both.
     remat: what the backward pass recomputes of each block: "none" nothing,
       "full" all of it, "dots" all but the products with weights.
+    weight_dtype: "int8" for kernels of the layers as `quantize` holds them, of
+      a model that is not trained; None for floats.
+    offload: the layers lie in the hosts' memory, of a model that is not
+      trained; inside a loop over them each is brought to the device.
   """
 
   config: ModelConfig
   layout: Layout
   compute_dtype: str = "float32"
   remat: str = "none"
+  weight_dtype: str | None = None
+  offload: bool = False
 
   def logical_axes(self) -> Params:
     """A tuple of logical axis names per weight."""
-    return transformer.axes(self.config)
+    return transformer.axes(self.config, self._int8)
 
   def abstract_params(self, dtype: str = "float32") -> Params:
     """A `ShapeDtypeStruct` with its sharding per weight.
 
+    Args:
+      dtype: of all weights but int8 kernels and their scales.
+
     Raises:
-      InputError: the mesh does not divide a dimension.
+      InputError: the mesh does not divide a dimension, or its devices cannot
+        read what is offloaded.
     """
-    shapes = transformer.shapes(self.config)
+    shapes = transformer.shapes(self.config, self._int8)
     shardings = self.layout.tree_shardings(self.logical_axes(), shapes)
-    return jax.tree.map(
-      lambda leaf, sharding: jax.ShapeDtypeStruct(
-        leaf.shape, dtype, sharding=sharding
+    if self.offload:
+      shardings[transformer.STACKED] = jax.tree.map(
+        _on_host,
+        shardings[transformer.STACKED],
+      )
+    return jax.tree.map_with_path(
+      lambda path, leaf, sharding: jax.ShapeDtypeStruct(
+        leaf.shape,
+        leaf.dtype if quantize.decides_dtype(path, leaf) else dtype,
+        sharding=sharding,
       ),
       shapes,
       shardings,
@@ -82,8 +118,10 @@ class Model:
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
     def make(key: PRNGKeyArray) -> Params:
-      params = transformer.init(self.config, key)
-      return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+      params = transformer.init(self.config, key, self._int8)
+      return jax.tree.map(
+        lambda leaf, like: leaf.astype(like.dtype), params, abstract
+      )
 
     return jax.jit(make, out_shardings=shardings)(key)
 
@@ -91,13 +129,12 @@ class Model:
     """Weights in the compute dtype and in this layout; for use inside jit.
 
     Scales of norms keep their dtype: they are applied in float32, and rounding
-    them would only add to the mismatch between decoding and scoring.
+    them would only add to the mismatch between decoding and scoring. So do int8
+    kernels and their scales.
     """
 
     def cast(path: Any, leaf: Array) -> Array:
-      if path[-1].key == "scale":
-        return leaf
-      return leaf.astype(self.compute_dtype)
+      return leaf if _keeps(path, leaf) else leaf.astype(self.compute_dtype)
 
     places = self.layout.tree_shardings(self.logical_axes(), params)
     copy = jax.tree_util.tree_map_with_path(cast, params)
@@ -108,7 +145,7 @@ class Model:
     places = self.layout.tree_shardings(self.logical_axes(), params)
     found = jax.tree_util.tree_map_with_path(
       lambda path, leaf, place: (
-        (path[-1].key == "scale" or leaf.dtype == self.compute_dtype)
+        (_keeps(path, leaf) or leaf.dtype == self.compute_dtype)
         and leaf.sharding.is_equivalent_to(place, leaf.ndim)
       ),
       params,
@@ -141,11 +178,7 @@ class Model:
       segments: which of several texts in its row a slot belongs to; None for
         one text a row.
     """
-    same = None
-    if segments is not None:
-      same = segments[:, :, None] == segments[:, None, :]
-    view = self._views(positions, positions, same)
-    x, _ = self._forward(params, tokens, view, keep_cache=False)
+    x, _ = self._forward(params, tokens, positions, segments)
     return self._rows(self._part(params, "final_norm")(x))
 
   def logits(
@@ -170,8 +203,9 @@ class Model:
     return self._rows(jnp.where(real, scores, MASKED_LOGPROB), "vocab")
 
   def init_cache(self, batch: int, slots: int) -> KVCache:
-    """An empty cache."""
+    """An empty cache; of more slots where the mesh would not divide them."""
     config = self.config
+    slots += -slots % self.layout.shards("sequence")
     shape = (
       config.num_layers,
       batch,
@@ -201,15 +235,17 @@ class Model:
       tokens: `sequences.right_align`ed ids, so that slot P - 1 holds the last
         id of every prompt.
       positions: of the ids; -1 in the empty slots before them.
-      slots: S >= P, of the cache.
+      slots: S >= P, of the cache; it has more where the mesh would not divide
+        them, which stay empty.
 
     Returns:
       The hidden state of slot P - 1 behind the final norm, and the cache with
       its first P slots written.
     """
-    view = self._views(positions, positions)
-    x, (keys, values) = self._forward(params, tokens, view, keep_cache=True)
-    free = slots - tokens.shape[1]
+    x, (keys, values) = self._forward(
+      params, tokens, positions, keep_cache=True
+    )
+    free = slots - tokens.shape[1] + -slots % self.layout.shards("sequence")
     padding = ((0, 0), (0, 0), (0, 0), (0, free), (0, 0))
     cache = KVCache(
       keys=jnp.pad(keys, padding),
@@ -245,13 +281,15 @@ class Model:
     view_of = self._views(positions[:, None], seen)
     x = self._embed(params, tokens[:, None])
 
-    count = self._cache_blocks(cache)
-    apart, whole = experts.apart(params[transformer.STACKED])
+    blocks = block_count(cache, self.layout)
+    # Not cut into layers by the scan: that would copy the experts of a layer,
+    # also those that no token chose.
+    by_layer, kernels = experts.apart(params[transformer.STACKED])
 
     def step(carry, scanned):
       x, keys, values = carry
       weights, layer, local = scanned
-      weights = experts.together(weights, whole)
+      weights = experts.together(weights, kernels)
       block = self._part({transformer.STACKED: weights}, transformer.STACKED)
       view = view_of(local)
       query, (key, value) = block.attention.project(
@@ -266,20 +304,31 @@ class Model:
         )
         for old, new in ((keys, key), (values, value))
       )
-      mixed = block.attention.recall(
-        query,
-        KVCache(keys=keys, values=values, positions=seen),
-        view.visible,
-        layer=layer,
-        slot=slot,
-        count=count,
-        shards=1,
-      )
-      x = block.finish(x, mixed, self.layout, layer if whole else None)
+      if blocks == 1:
+        here = functools.partial(
+          jax.lax.dynamic_index_in_dim, index=layer, keepdims=False
+        )
+        mixed = block.attention.mix(
+          query, here(keys), here(values), view.visible
+        )
+      else:
+        mixed = attend_in_blocks(
+          query,
+          keys,
+          values,
+          view.visible,
+          layer=layer,
+          slot=slot,
+          count=blocks,
+          shards=self.layout.shards("sequence"),
+          scalar=block.attention.scalar,
+          cap=block.attention.cap,
+        )
+      x = block.finish(x, mixed, self.layout, layer if kernels else None)
       return (self._rows(x), keys, values), None
 
     scanned = (
-      apart,
+      by_layer,
       jnp.arange(self.config.num_layers),
       jnp.asarray(self.config.is_local),
     )
@@ -294,40 +343,84 @@ class Model:
     self,
     params: Params,
     tokens: Int[Array, "B S"],
-    view_of: Callable[[Bool[Array, ""]], _View],
-    keep_cache: bool,
+    positions: Int[Array, "B S"],
+    segments: Int[Array, "B S"] | None = None,
+    keep_cache: bool = False,
   ) -> tuple[Float[Array, "B S D"], Any]:
     """Hidden states before the final norm, and all layers' keys and values."""
+    blocks = attention.Blocks.of(tokens.shape[1], self.layout)
+    if blocks is None:
+      same = None
+      if segments is not None:
+        same = segments[:, :, None] == segments[:, None, :]
+      view_of = self._views(positions, positions, same)
+    else:
+      tokens, positions = blocks.deal(tokens, 0), blocks.deal(positions, -1)
+      if segments is not None:
+        segments = blocks.deal(segments, -1)
+      view_of = self._views(blocks.split(positions), None)
+    layout = self.layout.in_shard("sequence")
+    alone = dataclasses.replace(self, layout=layout)
 
     def step(x, scanned):
       weights, local = scanned
       block = self._part({transformer.STACKED: weights}, transformer.STACKED)
       view = view_of(local)
-      query, (keys, values) = block.attention.project(
-        block.attention_norm(x), view.cosine, view.sine
-      )
-      mixed = block.attention.mix(query, keys, values, view.visible)
-      x = block.finish(x, mixed, self.layout)
-      return self._rows(x), (keys, values) if keep_cache else None
+
+      def project(x, cosine, sine):
+        return block.attention.project(block.attention_norm(x), cosine, sine)
+
+      def finish(x, mixed):
+        return alone._rows(block.finish(x, mixed, alone.layout))
+
+      if blocks is None:
+        query, (keys, values) = project(x, view.cosine, view.sine)
+        mixed = block.attention.mix(query, keys, values, view.visible)
+        x = finish(x, mixed)
+      else:
+        project = blocks.by_shard(project, self.layout)
+        query, (keys, values) = project(x, view.cosine, view.sine)
+        keys, values = blocks.merge(keys, 2), blocks.merge(values, 2)
+        mix = attention.BlockAttention(
+          blocks=blocks,
+          layout=self.layout,
+          window=self.config.window,
+          kinds=frozenset(self.config.local_layers),
+          scalar=block.attention.scalar,
+          cap=block.attention.cap,
+        )
+        places = attention.Places(positions, segments, local)
+        mixed = mix(blocks.merge(query), keys, values, places)
+        x = blocks.by_shard(finish, self.layout)(x, blocks.split(mixed))
+      return x, (keys, values) if keep_cache else None
 
     if self.remat != "none":
       policy = _REMAT_POLICIES[self.remat]
       step = jax.checkpoint(step, policy=policy, prevent_cse=False)
     x = self._embed(params, tokens)
+    if blocks is not None:
+      x = blocks.split(x)
     local = jnp.asarray(self.config.is_local)
-    return jax.lax.scan(step, x, (params[transformer.STACKED], local))
+    x, kept = jax.lax.scan(step, x, (params[transformer.STACKED], local))
+    if blocks is None:
+      return x, kept
+    x = blocks.merge(x)
+    x = blocks.collect(x, ("batch", "sequence", None), self.layout)
+    return x, jax.tree.map(
+      lambda leaf: blocks.collect(leaf, CACHE_AXES, self.layout), kept
+    )
 
   def _views(
     self,
     queries: Int[Array, "B T"],
-    keys: Int[Array, "B S"],
+    keys: Int[Array, "B S"] | None,
     same: Bool[Array, "B T S"] | None = None,
   ) -> Callable[[Bool[Array, ""]], _View]:
     """Views by kind of layer; both kinds are made once, for all layers.
 
     Args:
       queries: positions.
-      keys: positions.
+      keys: positions; None where nobody asks who sees whom.
       same: whether query and key are of the same text; None if all are.
 
     Returns:
@@ -336,7 +429,10 @@ class Model:
     config = self.config
 
     def view(local: bool) -> _View:
-      visible = _visible(queries, keys, config.window if local else None)
+      visible = None
+      if keys is not None:
+        window = config.window if local else None
+        visible = layers.visible(queries, keys, window)
       if same is not None:
         visible &= same
       turns = config.local_rope if local else None
@@ -370,11 +466,18 @@ class Model:
     return self.layout.constrain(table, ("vocab", None))
 
   def _part(self, params: Params, name: str) -> Any:
-    return transformer.part(self.config, params, name)
+    weights = params[name]
+    if self.offload and name == transformer.STACKED:
+      weights = jax.device_put(weights, jax.memory.Space.Device)
+    return transformer.part(self.config, {name: weights}, name, self._int8)
+
+  @property
+  def _int8(self) -> bool:
+    return self.weight_dtype == "int8"
 
   def _rows(self, x: jax.Array, last: str | None = None) -> jax.Array:
     """Places an array by its rows, and by its last dimension's name."""
-    axes = ("batch", *(None,) * (x.ndim - 2))[: x.ndim - 1]
+    axes = ("batch", "sequence", *(None,) * x.ndim)[: x.ndim - 1]
     return self._place(x, (*axes, last))
 
   def _place_cache(self, cache: KVCache) -> KVCache:
@@ -385,19 +488,20 @@ class Model:
     )
 
   def _place(self, x: jax.Array, axes: Axes) -> jax.Array:
-    """Pins an array to its place; rows too few to spread are replicated."""
-    shards = self.layout.shards("batch")
-    fitting = tuple(
-      None if name == "batch" and size % shards else name
-      for name, size in zip(axes, x.shape, strict=True)
-    )
-    return self.layout.constrain(x, fitting)
+    """Pins an array to its place; what is too small is replicated."""
+    return self.layout.constrain(x, self.layout.fitting(axes, x.shape))
 
 
-def _visible(
-  queries: Int[Array, "B T"], keys: Int[Array, "B S"], window: int | None
-) -> Bool[Array, "B T S"]:
-  """Which slots a query may see; see `Model`."""
-  queries, keys = queries[:, :, None], keys[:, None, :]
-  visible = (keys >= 0) & (keys <= queries)
-  return visible if window is None else visible & (keys > queries - window)
+def _on_host(place: NamedSharding) -> NamedSharding:
+  try:
+    return place.with_memory_kind(HOST_MEMORY)
+  except ValueError as error:
+    raise InputError(
+      f"offload = True, but the devices here cannot read the host's memory: "
+      f"{error}; set it to False"
+    ) from error
+
+
+def _keeps(path: Any, leaf: Array) -> bool:
+  """Whether a weight has the same dtype in a working copy."""
+  return path[-1].key == "scale" or quantize.decides_dtype(path, leaf)

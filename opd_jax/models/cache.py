@@ -16,13 +16,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from opd_jax.models import layers
-from opd_jax.sharding import Axes
+from opd_jax.sharding import Axes, Layout
 
 # Of the keys of a block, on a device: a small part of the 64 MiB and more that
 # TPUs have on chip, and large enough to hide what a turn of a loop costs.
 BLOCK_BYTES = 16 * 2**20
 
-CACHE_AXES: Axes = ("layers", "batch", "kv_heads", None, "head_size")
+# The score of a slot that a row does not see.
+_HIDDEN = -1e30
+
+CACHE_AXES: Axes = ("layers", "batch", "kv_heads", "sequence", "head_size")
 
 
 @jax.tree_util.register_dataclass
@@ -49,17 +52,15 @@ class KVCache:
     )
 
 
-def blocks(shard: tuple[int, ...], itemsize: int) -> int:
-  """How many blocks the slots are cut into.
-
-  Args:
-    shard: L, B, M, S, H of the keys on one device.
-    itemsize: bytes of a number.
-  """
-  return -(-math.prod(shard[1:]) * itemsize // BLOCK_BYTES)
+def block_count(cache: KVCache, layout: Layout) -> int:
+  """Blocks that the slots of a device are cut into."""
+  keys = cache.keys
+  place = layout.sharding(layout.fitting(CACHE_AXES, keys.shape), keys.shape)
+  layer = math.prod(place.shard_shape(keys.shape)[1:]) * keys.dtype.itemsize
+  return -(-layer // BLOCK_BYTES)
 
 
-def attend(
+def attend_in_blocks(
   query: Float[Array, "B 1 N H"],
   keys: Float[Array, "L B M S H"],
   values: Float[Array, "L B M S H"],
@@ -105,10 +106,13 @@ def attend(
     start = jnp.minimum(index * block, length - block)
     new = start + jnp.arange(block) >= index * block
     here = jax.lax.dynamic_slice_in_dim(seen, start, block, axis=2) & new
-    scores = layers.scores(
-      "bmgh,bmcsh->bmgcs", grouped, take(keys, start), scalar, cap
+    scores = layers.product(
+      "bmgh,bmcsh->bmgcs", grouped, take(keys, start), dtype=jnp.float32
     )
-    scores = jnp.where(here[:, None, None], scores, layers.HIDDEN)
+    scores = scores / math.sqrt(size if scalar is None else scalar)
+    if cap is not None:
+      scores = layers.soft_cap(scores, cap)
+    scores = jnp.where(here[:, None, None], scores, _HIDDEN)
     higher = jnp.maximum(peak, jnp.max(scores, axis=-1))
     weights = jnp.exp(scores - higher[..., None])
     kept = jnp.exp(peak - higher)
@@ -123,7 +127,7 @@ def attend(
 
   shape = (*grouped.shape[:3], shards)
   start = (
-    jnp.full(shape, layers.HIDDEN),
+    jnp.full(shape, _HIDDEN),
     jnp.zeros(shape),
     jnp.zeros((*shape, size)),
   )

@@ -19,20 +19,26 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Int8
 
-from opd_jax.models import layers
+from opd_jax.models import layers, quantize
 from opd_jax.models.config import Experts as ExpertsConfig
 from opd_jax.models.config import ModelConfig
 from opd_jax.sharding import Axes, Layout
+from opd_jax.types import Params
 
 _MAX_BLOCK = 256
 _MIN_BLOCK = 8
 
-# The kernels of all experts: gate and up [E, D, F], down [E, F, D].
-Kernels = tuple[
-  Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]
-]
+# Where a block of experts keeps its router.
+ROUTER = "router"
+
+# The kernels of all experts: gate and up [E, D, F], down [E, F, D]. Those held
+# as int8 come with their scales.
+Kernel = (
+  Float[Array, "E I O"] | tuple[Int8[Array, "E I O"], Float[Array, "E O"]]
+)
+Kernels = tuple[Kernel, Kernel, Kernel]
 
 
 class Stack(nnx.Module):
@@ -41,6 +47,13 @@ class Stack(nnx.Module):
   def __init__(self, shape: tuple[int, ...], axes: Axes, rngs: nnx.Rngs):
     kernel = layers.INIT_SCALE * jax.random.normal(rngs.params(), shape)
     self.kernel = nnx.Param(kernel, axes=axes)
+    self.kernel_scale = nnx.data(None)  # Of an int8 kernel, see `quantize`.
+
+  def weights(self, dtype: Any) -> Kernel:
+    """In a compute dtype; int8 stays, since one expert runs at a time."""
+    if self.kernel_scale is None:
+      return self.kernel[...].astype(dtype)
+    return self.kernel[...], self.kernel_scale[...]
 
 
 class Experts(nnx.Module):
@@ -88,8 +101,7 @@ class Experts(nnx.Module):
     if self.experts.renormalize:
       weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
     gate, up, down = (
-      stack.kernel[...].astype(x.dtype)
-      for stack in (self.gate, self.up, self.down)
+      stack.weights(x.dtype) for stack in (self.gate, self.up, self.down)
     )
     kernels: Kernels = (gate, up, down)
     over = layout.mesh_axes("experts")
@@ -98,21 +110,25 @@ class Experts(nnx.Module):
     )
     spread = len(x) % layout.shards("batch") == 0
     rows = PartitionSpec(apart if spread else None)
-    stacked = () if layer is None else ("layers",)
-    wide = layout.spec((*stacked, "experts", None, "ffw"), gate.shape)
-    deep = layout.spec((*stacked, "experts", "ffw", None), down.shape)
+    inner = layout.computing()
+    place = functools.partial(_place, inner, stacked=layer is not None)
+    places = (
+      place(gate, None, "ffw"),
+      place(up, None, "ffw"),
+      place(down, "ffw", None),
+    )
 
     def local(
       x: Any, weights: Any, chosen: Any, kernels: Kernels, layer: Any
     ) -> Any:
-      first = jax.lax.axis_index(over) * kernels[0].shape[-3]
+      first = jax.lax.axis_index(over) * _count(kernels, layer)
       mixed = mix(x, weights, chosen - first, kernels, self.activation, layer)
-      return jax.lax.psum(mixed, over + layout.mesh_axes("ffw"))
+      return jax.lax.psum(mixed, over + inner.mesh_axes("ffw"))
 
     return jax.shard_map(
       local,
       mesh=layout.mesh,
-      in_specs=(rows, rows, rows, (wide, wide, deep), PartitionSpec()),
+      in_specs=(rows, rows, rows, places, PartitionSpec()),
       out_specs=rows,
       check_vma=False,
     )(x, weights, chosen, kernels, layer)
@@ -136,7 +152,7 @@ def mix(
     activation: of the gate.
     layer: whose experts to run; None where the kernels are of one.
   """
-  count, width = kernels[0].shape[-3], x.shape[-1]
+  count, width = _count(kernels, layer), x.shape[-1]
   tokens = x.reshape(-1, width)
   expert = chosen.reshape(-1)
   expert = jnp.where((expert >= 0) & (expert < count), expert, count)
@@ -145,8 +161,8 @@ def mix(
   blocks = min(choices, -(-choices // block) + count)
   slots, owner, used = _slots(expert, count, block, blocks)
   if layer is not None:
-    gate, up, down = (k.reshape(-1, *k.shape[-2:]) for k in kernels)
-    kernels, owner = (gate, up, down), owner + layer * count
+    kernels = jax.tree.map(lambda k: k.reshape(-1, *k.shape[2:]), kernels)
+    owner = owner + layer * count
   # A gather per slot, so that its transpose writes every choice by itself.
   source = (
     jnp.full(blocks * block, choices)
@@ -276,18 +292,64 @@ def _run_backward(
 _run.defvjp(_run_forward, _run_backward)
 
 
-def _of(kernels: Kernels, expert: Int[Array, ""]) -> tuple[jax.Array, ...]:
-  return tuple(
-    jax.lax.dynamic_index_in_dim(kernel, expert, keepdims=False)
-    for kernel in kernels
+def _place(
+  layout: Layout,
+  kernel: Kernel,
+  inputs: str | None,
+  outputs: str | None,
+  stacked: bool,
+) -> Any:
+  """The place of a kernel, and of its scales."""
+  experts = ("layers", "experts") if stacked else ("experts",)
+  if not isinstance(kernel, tuple):
+    return layout.spec((*experts, inputs, outputs), kernel.shape)
+  values, scale = kernel
+  return (
+    layout.spec((*experts, inputs, outputs), values.shape),
+    layout.spec((*experts, outputs), scale.shape),
+  )
+
+
+def _count(kernels: Kernels, layer: Int[Array, ""] | None) -> int:
+  """Experts of a layer."""
+  return jax.tree.leaves(kernels)[0].shape[0 if layer is None else 1]
+
+
+def apart(weights: Params) -> tuple[Params, Params]:
+  """The kernels of all layers' experts, and the other weights of the layers.
+
+  Returns:
+    The other weights, and the part with the kernels; empty without experts.
+  """
+  mlp = weights["mlp"]
+  if ROUTER not in mlp:
+    return weights, {}
+  kernels = {name: part for name, part in mlp.items() if name != ROUTER}
+  return {**weights, "mlp": {ROUTER: mlp[ROUTER]}}, kernels
+
+
+def together(weights: Params, kernels: Params) -> Params:
+  """The inverse of `apart`."""
+  return {**weights, "mlp": {**weights["mlp"], **kernels}}
+
+
+def _of(kernels: Kernels, expert: Int[Array, ""]) -> Kernels:
+  return jax.tree.map(
+    lambda kernel: jax.lax.dynamic_index_in_dim(kernel, expert, keepdims=False),
+    kernels,
   )
 
 
 def _mlp(
-  activation: str, x: Float[Array, "S D"], kernels: tuple[jax.Array, ...]
+  activation: str, x: Float[Array, "S D"], kernels: Kernels
 ) -> Float[Array, "S D"]:
+  def times(x: jax.Array, kernel: Kernel) -> jax.Array:
+    if not isinstance(kernel, tuple):
+      return layers.product("sd,df->sf", x, kernel)
+    values, scale = kernel
+    y = layers.product("sd,df->sf", x, values.astype(x.dtype))
+    return quantize.rescale(y, scale)
+
   gate, up, down = kernels
   activate = layers.ACTIVATIONS[activation]
-  inner = activate(layers.product("sd,df->sf", x, gate))
-  inner = inner * layers.product("sd,df->sf", x, up)
-  return layers.product("sf,fd->sd", inner, down)
+  return times(activate(times(x, gate)) * times(x, up), down)

@@ -6,19 +6,22 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import safetensors
 
+from opd_jax import storage
 from opd_jax.errors import InputError
-from opd_jax.models import transformer
+from opd_jax.models import placing, quantize, tensor_files, transformer
 from opd_jax.models.api import Model
 from opd_jax.models.config import ModelConfig
 from opd_jax.models.families import FAMILIES
+from opd_jax.models.placing import Index
+from opd_jax.models.tensor_files import Stored
+from opd_jax.storage import AnyPath
 from opd_jax.types import Params
 
 CONFIG_FILE = "config.json"
@@ -65,10 +68,6 @@ _STACKED = (transformer.STACKED, "experts")
 
 _EMBEDDING = _NAMES["embed.embedding"]
 _HEAD = _NAMES["lm_head.embedding"]
-
-_DTYPES = ("F32", "BF16", "F16")
-
-Index = tuple[slice, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -180,17 +179,20 @@ def parameter_count(config: ModelConfig) -> int:
   return sum(math.prod(tensor.shape) for tensor in tensors(config))
 
 
-def resolve(path: str | Path) -> Path:
+def resolve(path: str | AnyPath) -> AnyPath:
   """The folder of a checkpoint; nothing is downloaded.
 
   Args:
-    path: a local folder, or `org/name` or `org/name@revision` in the Hugging
-      Face cache.
+    path: a local folder, one in a bucket (`gs://bucket/folder`), or `org/name`
+      or `org/name@revision` in the Hugging Face cache.
 
   Raises:
-    InputError: it is in neither place.
+    InputError: it is in none of these places.
   """
-  folder = Path(path).expanduser()
+  folder = storage.to_path(path)
+  if storage.is_remote(folder):
+    storage.require_folder(folder)
+    return folder
   if folder.is_dir():
     return folder
   repository, _, revision = str(path).partition("@")
@@ -217,7 +219,7 @@ def resolve(path: str | Path) -> Path:
   )
 
 
-def read_config(path: str | Path) -> ModelConfig:
+def read_config(path: str | AnyPath) -> ModelConfig:
   """The model described by a checkpoint's `config.json`.
 
   Raises:
@@ -231,13 +233,13 @@ def read_config(path: str | Path) -> ModelConfig:
     raise InputError(f"{file.parent}: {error}") from error
 
 
-def check(path: str | Path, config: ModelConfig) -> dict[str, Path]:
+def check(path: str | AnyPath, config: ModelConfig) -> dict[str, Stored]:
   """Compares a checkpoint's files with what the model needs.
 
   Reads headers only.
 
   Returns:
-    The file of every tensor.
+    Every tensor, to be read.
 
   Raises:
     InputError: a file is missing or damaged; a tensor is missing, unexpected,
@@ -249,32 +251,29 @@ def check(path: str | Path, config: ModelConfig) -> dict[str, Path]:
   if config.tie_embeddings:
     expected[_HEAD] = expected[_EMBEDDING]
     optional.add(_HEAD)
-  where: dict[str, Path] = {}
+  where: dict[str, Stored] = {}
   for file in _files(folder):
-    with _open(file) as source:
-      for name in source.keys():
-        if _BUFFERS.fullmatch(name):
-          continue
-        if name not in expected:
-          raise InputError(
-            f"{file} holds {name}, which a {config.family} model with this "
-            "config.json does not have; the file and config.json do not belong "
-            "together"
-          )
-        header = source.get_slice(name)
-        shape = tuple(header.get_shape())
-        if shape != expected[name]:
-          raise InputError(
-            f"{name} in {file} has shape {shape}, but config.json asks for "
-            f"{expected[name]}; the file and config.json do not belong "
-            "together"
-          )
-        if header.get_dtype() not in _DTYPES:
-          raise InputError(
-            f"{name} in {file} is {header.get_dtype()}; supported: "
-            f"{', '.join(_DTYPES)}"
-          )
-        where[name] = file
+    for name, stored in tensor_files.read_header(file).items():
+      if _BUFFERS.fullmatch(name):
+        continue
+      if name not in expected:
+        raise InputError(
+          f"{file} holds {name}, which a {config.family} model with this "
+          "config.json does not have; the file and config.json do not belong "
+          "together"
+        )
+      if stored.shape != expected[name]:
+        raise InputError(
+          f"{name} in {file} has shape {stored.shape}, but config.json asks "
+          f"for {expected[name]}; the file and config.json do not belong "
+          "together"
+        )
+      if stored.dtype not in tensor_files.DTYPES:
+        raise InputError(
+          f"{name} in {file} is {stored.dtype}; supported: "
+          f"{', '.join(tensor_files.DTYPES)}"
+        )
+      where[name] = stored
   missing = [
     name for name in expected if name not in where and name not in optional
   ]
@@ -286,15 +285,16 @@ def check(path: str | Path, config: ModelConfig) -> dict[str, Path]:
   return where
 
 
-def load(path: str | Path, model: Model, dtype: str = "float32") -> Params:
+def load(path: str | AnyPath, model: Model, dtype: str = "float32") -> Params:
   """Reads a checkpoint straight into the model's places.
 
-  Each process reads the blocks of its own devices, one parameter at a time.
+  Each process reads the blocks of its own devices, a few layers at a time; see
+  `placing`. What the model holds as int8 is quantized as it is read.
 
   Args:
     path: see `resolve`.
     model: says which weights, and where they go.
-    dtype: of the weights in memory, "float32" or "bfloat16".
+    dtype: of the other weights in memory, "float32" or "bfloat16".
 
   Returns:
     Weights as a nested dict, placed as `model.abstract_params` says.
@@ -303,43 +303,40 @@ def load(path: str | Path, model: Model, dtype: str = "float32") -> Params:
     InputError: see `check`; also a checkpoint with tied embeddings that stores
       another output layer.
   """
-  where = check(path, model.config)
+  sources = check(path, model.config)
+  if model.config.tie_embeddings and _HEAD in sources:
+    _require_tied(sources, model.config)
   by_parameter: dict[str, list[Tensor]] = {}
   for tensor in tensors(model.config):
     by_parameter.setdefault(tensor.parameter, []).append(tensor)
-  with contextlib.ExitStack() as stack:
-    files = {
-      file: stack.enter_context(_open(file)) for file in set(where.values())
-    }
-    sources = {
-      name: files[file].get_slice(name) for name, file in where.items()
-    }
-    if model.config.tie_embeddings and _HEAD in sources:
-      _require_tied(sources, model.config)
+  abstract = model.abstract_params(dtype)
+  targets = {
+    _dotted(path): leaf for path, leaf in jax.tree.leaves_with_path(abstract)
+  }
+  placed: dict[str, jax.Array] = {}
+  for parameter, parts in by_parameter.items():
+    target = targets[parameter]
+    stacked = len(parts[0].index)
 
-    def read(path: Any, abstract: jax.ShapeDtypeStruct) -> jax.Array:
-      parts = by_parameter[".".join(key.key for key in path)]
+    def read(number: int, index: Index, parts=parts) -> np.ndarray:
+      part = parts[number]
+      return part.from_file(sources[part.name], index)
 
-      def block(index: Index) -> np.ndarray:
-        stacked = len(parts[0].index)
-        numbers = np.arange(len(parts)).reshape(abstract.shape[:stacked])
-        numbers = numbers[index[:stacked]]
-        blocks = [
-          parts[number]
-          .from_file(sources[parts[number].name], index[stacked:])
-          .astype(dtype)
-          for number in numbers.flat
-        ]
-        return np.stack(blocks).reshape(*numbers.shape, *blocks[0].shape)
-
-      return jax.make_array_from_callback(
-        abstract.shape, abstract.sharding, _once_per_block(block)
+    scale = parameter.removesuffix(quantize.KERNEL) + quantize.SCALE
+    if scale in targets:
+      placed[parameter], placed[scale] = placing.place_quantized(
+        read, target, targets[scale], stacked, parts[0].inputs
       )
+    else:
+      placed[parameter] = placing.place(read, target, stacked)
+  return jax.tree.map_with_path(lambda path, _: placed[_dotted(path)], abstract)
 
-    return jax.tree.map_with_path(read, model.abstract_params(dtype))
+
+def _dotted(path: Any) -> str:
+  return ".".join(key.key for key in path)
 
 
-def fingerprint(path: str | Path) -> str:
+def fingerprint(path: str | AnyPath) -> str:
   """SHA-256 over the bytes of a checkpoint's weights, its files in order.
 
   Reads all of them.
@@ -356,7 +353,7 @@ def fingerprint(path: str | Path) -> str:
 
 
 def read_output_rows(
-  path: str | Path, config: ModelConfig, ids: Sequence[int]
+  path: str | AnyPath, config: ModelConfig, ids: Sequence[int]
 ) -> np.ndarray:
   """Rows of a checkpoint's output layer, one per id, as float32.
 
@@ -369,28 +366,13 @@ def read_output_rows(
     InputError: see `check`.
   """
   name = _EMBEDDING if config.tie_embeddings else _HEAD
-  with _open(check(path, config)[name]) as source:
-    rows = source.get_slice(name)
-    return np.stack([rows[index].astype(np.float32) for index in ids])
+  rows = check(path, config)[name]
+  return np.concatenate(
+    [rows[index : index + 1].astype(np.float32) for index in ids]
+  )
 
 
-def _once_per_block(
-  read: Callable[[Index], np.ndarray],
-) -> Callable[[Index | None], np.ndarray]:
-  """Devices that hold the same block share one reading of it."""
-  blocks: dict[tuple[tuple[Any, Any], ...], np.ndarray] = {}
-
-  def shared(index: Index | None) -> np.ndarray:
-    index = index or ()
-    key = tuple((part.start, part.stop) for part in index)
-    if key not in blocks:
-      blocks[key] = read(index)
-    return blocks[key]
-
-  return shared
-
-
-def _require_tied(sources: Mapping[str, Any], config: ModelConfig) -> None:
+def _require_tied(sources: Mapping[str, Stored], config: ModelConfig) -> None:
   rows = 8192
   for start in range(0, config.vocab_size, rows):
     block = slice(start, min(start + rows, config.vocab_size))
@@ -402,7 +384,7 @@ def _require_tied(sources: Mapping[str, Any], config: ModelConfig) -> None:
       )
 
 
-def _files(folder: Path) -> list[Path]:
+def _files(folder: AnyPath) -> list[AnyPath]:
   """The safetensors files of a checkpoint, all of them there."""
   if (folder / SINGLE_FILE).is_file():
     return [folder / SINGLE_FILE]
@@ -428,19 +410,7 @@ def _files(folder: Path) -> list[Path]:
   return files
 
 
-@contextlib.contextmanager
-def _open(file: Path) -> Iterator[Any]:
-  try:
-    source = safetensors.safe_open(file, framework="numpy")
-  except safetensors.SafetensorError as error:
-    raise InputError(
-      f"{file} is damaged or no safetensors file ({error}); download it again"
-    ) from error
-  with source:
-    yield source
-
-
-def read_json(file: Path) -> dict[str, Any]:
+def read_json(file: AnyPath) -> dict[str, Any]:
   """The object in a JSON file of a checkpoint.
 
   Raises:

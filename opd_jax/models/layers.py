@@ -15,14 +15,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from opd_jax.models import rope
+from opd_jax.models import quantize, rope
 from opd_jax.models.config import ModelConfig
 from opd_jax.sharding import Axes
 
 INIT_SCALE = 0.02
-
-# The score of a slot that a query does not see.
-HIDDEN = -1e30
 
 # Keys and values of one layer, heads before slots: what products read in order.
 KeyValue = tuple[Float[Array, "B M S H"], Float[Array, "B M S H"]]
@@ -51,7 +48,10 @@ def _broadcast(weights: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def turns(
-  count: Int[Array, ""], most: int, body: Callable[[Array, Any], Any], start: Any
+  count: Int[Array, ""],
+  most: int,
+  body: Callable[[Array, Any], Any],
+  start: Any,
 ) -> Any:
   """`fori_loop(0, min(count, most), body, start)`.
 
@@ -113,6 +113,7 @@ class Linear(nnx.Module):
     self.bias = (
       nnx.Param(jnp.zeros(outputs), axes=axes[len(inputs) :]) if bias else None
     )
+    self.kernel_scale = nnx.data(None)  # Of an int8 kernel, see `quantize`.
     dims = "abcd"[: len(inputs) + len(outputs)]
     contracted, free = dims[: len(inputs)], dims[len(inputs) :]
     self.equation = f"n{contracted},{dims}->n{free}"
@@ -124,6 +125,8 @@ class Linear(nnx.Module):
     lead = x.shape[: x.ndim - self.inputs]
     flat = x.reshape(-1, *x.shape[x.ndim - self.inputs :])
     y = product(self.equation, flat, self.kernel[...].astype(x.dtype))
+    if self.kernel_scale is not None:
+      y = quantize.rescale(y, self.kernel_scale[...])
     y = y.reshape(*lead, *y.shape[1:])
     if self.bias is None:
       return y
@@ -151,17 +154,13 @@ def soft_cap(scores: Float[Array, "..."], cap: float) -> Float[Array, "..."]:
   return jnp.tanh(scores / cap) * cap
 
 
-def scores(
-  equation: str,
-  query: Float[Array, "..."],
-  keys: Float[Array, "..."],
-  scalar: float | None,
-  cap: float | None,
-) -> Float[Array, "..."]:
-  """q k / sqrt(scalar), capped, in float32; see `attend`."""
-  found = product(equation, query, keys, dtype=jnp.float32)
-  found = found / math.sqrt(query.shape[-1] if scalar is None else scalar)
-  return found if cap is None else soft_cap(found, cap)
+def visible(
+  queries: Int[Array, "B T"], keys: Int[Array, "B S"], window: int | None
+) -> Bool[Array, "B T S"]:
+  """Which slots a query may see, by positions; see `Model`."""
+  queries, keys = queries[:, :, None], keys[:, None, :]
+  seen = (keys >= 0) & (keys <= queries)
+  return seen if window is None else seen & (keys > queries - window)
 
 
 def attend(
@@ -188,9 +187,12 @@ def attend(
   batch, length, heads, size = query.shape
   kv_heads = keys.shape[1]
   grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, size)
-  found = scores("btmgh,bmsh->bmgts", grouped, keys, scalar, cap)
-  found = jnp.where(visible[:, None, None], found, HIDDEN)
-  weights = jax.nn.softmax(found, axis=-1).astype(values.dtype)
+  scores = product("btmgh,bmsh->bmgts", grouped, keys, dtype=jnp.float32)
+  scores = scores / math.sqrt(size if scalar is None else scalar)
+  if cap is not None:
+    scores = soft_cap(scores, cap)
+  scores = jnp.where(visible[:, None, None], scores, -1e30)
+  weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
   mixed = product("bmgts,bmsh->btmgh", weights, values)
   return mixed.reshape(query.shape)
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from opd_jax.models import block, layers
+from opd_jax.models import block, experts, layers, quantize
 from opd_jax.models.config import ModelConfig
 from opd_jax.types import Params
 
@@ -32,26 +32,41 @@ def _builders(
   return builders
 
 
+def _hold_int8(module: nnx.Module) -> None:
+  """Quantizes the kernels of a part; see `quantize`."""
+  for path, owner in list(nnx.iter_modules(module)):
+    if isinstance(owner, layers.Linear) and path[-1] != experts.ROUTER:
+      quantize.hold(owner, tuple(range(owner.inputs)))
+    elif isinstance(owner, experts.Stack):
+      quantize.hold(owner, (1,))
+
+
 @functools.cache
-def _abstract(config: ModelConfig) -> dict[str, tuple[Any, Any]]:
+def _abstract(config: ModelConfig, int8: bool) -> dict[str, tuple[Any, Any]]:
   """Structure and abstract weights of each part."""
-  parts = {}
-  for name, build in _builders(config).items():
-    module = nnx.eval_shape(
-      lambda build=build: build(nnx.Rngs(params=jax.random.key(0)))
-    )
-    parts[name] = nnx.split(module)
-  return parts
+
+  def make(build: Callable[[nnx.Rngs], nnx.Module]) -> nnx.Module:
+    module = build(nnx.Rngs(params=jax.random.key(0)))
+    if int8:
+      _hold_int8(module)
+    return module
+
+  return {
+    name: nnx.split(nnx.eval_shape(functools.partial(make, build)))
+    for name, build in _builders(config).items()
+  }
 
 
-def part(config: ModelConfig, params: Params, name: str) -> Any:
+def part(
+  config: ModelConfig, params: Params, name: str, int8: bool = False
+) -> Any:
   """The module of one part with its weights (one layer's for "layers")."""
-  structure, _ = _abstract(config)[name]
+  structure, _ = _abstract(config, int8)[name]
   return nnx.merge(structure, params[name])
 
 
-def shapes(config: ModelConfig) -> Params:
-  """A float32 `ShapeDtypeStruct` per weight."""
+def shapes(config: ModelConfig, int8: bool = False) -> Params:
+  """A `ShapeDtypeStruct` per weight, float32 but for int8 kernels."""
   return {
     name: jax.tree.map(
       lambda leaf, name=name: jax.ShapeDtypeStruct(
@@ -60,11 +75,11 @@ def shapes(config: ModelConfig) -> Params:
       ),
       nnx.to_pure_dict(state),
     )
-    for name, (_, state) in _abstract(config).items()
+    for name, (_, state) in _abstract(config, int8).items()
   }
 
 
-def axes(config: ModelConfig) -> Params:
+def axes(config: ModelConfig, int8: bool = False) -> Params:
   """A tuple of logical axis names per weight."""
   return {
     name: nnx.to_pure_dict(
@@ -78,12 +93,15 @@ def axes(config: ModelConfig) -> Params:
         is_leaf=lambda node: isinstance(node, nnx.Variable),
       )
     )
-    for name, (_, state) in _abstract(config).items()
+    for name, (_, state) in _abstract(config, int8).items()
   }
 
 
-def init(config: ModelConfig, key: jax.Array) -> Params:
-  """Random float32 weights: normal, deviation 0.02; norms, biases neutral."""
+def init(config: ModelConfig, key: jax.Array, int8: bool = False) -> Params:
+  """Random float32 weights: normal, deviation 0.02; norms, biases neutral.
+
+  With `int8`, kernels are those of the same weights.
+  """
   params = {}
   builders = _builders(config)
   for (name, build), part_key in zip(
@@ -92,6 +110,8 @@ def init(config: ModelConfig, key: jax.Array) -> Params:
 
     def weights(key: jax.Array, build=build) -> Params:
       module = build(nnx.Rngs(params=key))
+      if int8:
+        _hold_int8(module)
       return nnx.to_pure_dict(nnx.state(module))
 
     if name == STACKED:

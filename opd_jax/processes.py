@@ -1,0 +1,103 @@
+"""What the processes of a run tell each other on the host.
+
+Every function here is called by all processes. With one process nothing is
+sent. What one of them complains about, all raise: none waits for another that
+has ended.
+"""
+
+import pickle
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from opd_jax.errors import InputError
+
+T = TypeVar("T")
+
+# Bytes of one process that are on the way at a time: every device holds those
+# of all processes for a moment.
+_PIECE = 2**22
+
+
+def share(count: int) -> range:
+  """The part of `count` things, in order, that is this process's to do."""
+  process, processes = jax.process_index(), jax.process_count()
+  return range(count * process // processes, count * (process + 1) // processes)
+
+
+def exchange(make: Callable[[], T]) -> list[T]:
+  """What each process makes, in the order of the processes.
+
+  Args:
+    make: gives what pickle takes, or raises InputError.
+
+  Raises:
+    InputError: on all processes, that of the first process that raised one.
+  """
+  if jax.process_count() == 1:
+    return [make()]
+  return [_opened(told) for told in _gathered(_told(make))]
+
+
+def from_first(make: Callable[[], T]) -> T:
+  """What the first process makes, on all; for what need not be twice alike.
+
+  Args:
+    make: as for `exchange`; only the first process calls it.
+
+  Raises:
+    InputError: on all processes, that of the first.
+  """
+  if jax.process_count() == 1:
+    return make()
+  told = _told(make) if jax.process_index() == 0 else b""
+  return _opened(_broadcast(told))
+
+
+def _told(make: Callable[[], object]) -> bytes:
+  try:
+    return pickle.dumps((None, make()))
+  except InputError as error:
+    return pickle.dumps((str(error), None))
+
+
+def _opened(told: bytes) -> T:
+  complaint, value = pickle.loads(told)
+  if complaint is not None:
+    raise InputError(complaint)
+  return value
+
+
+def _broadcast(told: bytes) -> bytes:
+  size = int(multihost_utils.broadcast_one_to_all(np.uint32(len(told))))
+  piece = _padded(told, _room(size))
+  return multihost_utils.broadcast_one_to_all(piece).tobytes()[:size]
+
+
+def _gathered(told: bytes) -> list[bytes]:
+  sizes = multihost_utils.process_allgather(np.uint32(len(told)))
+  parts: list[list[bytes]] = [[] for _ in sizes]
+  for start in range(0, int(max(sizes)), _PIECE):
+    room = min(_PIECE, _room(int(max(sizes)) - start))
+    piece = _padded(told[start : start + room], room)
+    for part, found in zip(
+      parts, multihost_utils.process_allgather(piece), strict=True
+    ):
+      part.append(found.tobytes())
+  return [
+    b"".join(part)[:size] for part, size in zip(parts, sizes, strict=True)
+  ]
+
+
+def _room(size: int) -> int:
+  """Powers of two: a program is compiled for each."""
+  return max(1024, 1 << (size - 1).bit_length())
+
+
+def _padded(told: bytes, room: int) -> np.ndarray:
+  piece = np.zeros(room, np.uint8)
+  piece[: len(told)] = np.frombuffer(told, np.uint8)
+  return piece
