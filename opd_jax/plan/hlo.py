@@ -68,8 +68,8 @@ def analyse(text: str, turns: Mapping[str, int] | None = None) -> Loop:
 
   Args:
     text: of the optimised module: `compiled.as_text()`.
-    turns: of loops whose number the compiler cannot know, by scope: those of
-      the outermost loop inside it.
+    turns: of the outermost loop inside a scope, by scope, in place of those
+      that its condition allows.
 
   Raises:
     ValueError: the text is no optimised HLO module.
@@ -217,7 +217,7 @@ class _Body:
     found = _Body(self.module, body, {0: arguments})
     turns = instruction.trips
     if turns is None:
-      turns = _turns(condition, body, start)
+      turns = _turns(self.module, condition, body, start)
     self.loops.append(
       found.loop(
         scope=scope_of(instruction.op_name),
@@ -474,24 +474,63 @@ def _changed(body: Computation) -> set[int]:
 
 
 def _turns(
-  condition: Computation, body: Computation, start: _Value
+  module: Module, condition: Computation, body: Computation, start: _Value
 ) -> int | None:
-  """How often a loop runs that counts up to a constant; None if it does not."""
-  test = condition.instructions[condition.root]
-  if test.opcode != "compare" or "direction=LT" not in test.attributes:
-    return None
-  counter, bound = (condition.instructions[name] for name in test.operands)
-  if counter.opcode != "get-tuple-element":
-    return None
-  advance = body.instructions[
-    body.instructions[body.root].operands[counter.index]
-  ]
-  steps = [_number(body.instructions[name], start) for name in advance.operands]
-  known = [step for step in steps if step is not None]
-  first, last = _number(counter, start), _number(bound, start)
-  if advance.opcode != "add" or first is None or last is None or not known:
-    return None
-  return max(0, -(-(last - first) // known[-1]))
+  """How often a loop runs at most that counts to a constant; None if unknown.
+
+  A counter whose start cannot be seen starts at 0, one whose step cannot be
+  seen goes by 1.
+  """
+  found = []
+  root = body.instructions[body.root]
+  for counter, bound in _bounds(module, condition, condition.root, ()):
+    last = _number(bound, start)
+    if counter.opcode != "get-tuple-element" or last is None:
+      continue
+    step = 1
+    advance = body.instructions[root.operands[counter.index]]
+    if advance.opcode == "add":
+      added = (_number(body.instructions[n], start) for n in advance.operands)
+      step = next((n for n in reversed([*added]) if n), 1)
+    first = _number(counter, start) or 0
+    found.append(max(0, -(-(last - first) // step)))
+  return min(found, default=None)
+
+
+def _bounds(
+  module: Module,
+  computation: Computation,
+  name: str,
+  operands: Sequence[Instruction],
+) -> Iterator[tuple[Instruction, Instruction]]:
+  """Pairs of which the first must be less than the second for a loop to go on.
+
+  Args:
+    module: the program.
+    computation: the condition, or a fusion in it.
+    name: of a boolean.
+    operands: of the fusion.
+  """
+
+  def look(name: str) -> Instruction:
+    value = computation.instructions[name]
+    while value.opcode in _SAME:
+      value = computation.instructions[value.operands[0]]
+    if value.opcode == "parameter" and operands:
+      return operands[value.index]
+    return value
+
+  value = look(name)
+  if value.opcode == "and":
+    for operand in value.operands:
+      yield from _bounds(module, computation, operand, operands)
+  elif value.opcode == "fusion":
+    inner = module.computations[value.called[0]]
+    outer = [look(operand) for operand in value.operands]
+    yield from _bounds(module, inner, inner.root, outer)
+  elif value.opcode == "compare" and "direction=LT" in value.attributes:
+    smaller, larger = (look(operand) for operand in value.operands)
+    yield smaller, larger
 
 
 def _number(value: Instruction, start: _Value) -> int | None:
