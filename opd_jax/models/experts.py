@@ -28,7 +28,7 @@ from opd_jax.sharding import Axes, Layout
 from opd_jax.types import Params
 
 _MAX_BLOCK = 256
-_MIN_BLOCK = 8
+_MIN_BLOCK = 16
 
 # Where a block of experts keeps its router.
 ROUTER = "router"
@@ -181,7 +181,7 @@ def mix(
 def block_size(choices: int, experts: int) -> int:
   """Rows of a block: at most about a quarter of an expert's share is padding.
 
-  A power of two in [8, 256].
+  A power of two in [16, 256]: products of TPUs take no fewer rows at a time.
   """
   share = max(choices // (4 * experts), 1)
   return min(max(1 << share.bit_length() - 1, _MIN_BLOCK), _MAX_BLOCK)

@@ -21,11 +21,11 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from opd_jax.plan import fusions
 from opd_jax.plan.hlo_text import (
   Computation,
   Instruction,
   Module,
-  Shape,
   group,
   parse,
 )
@@ -49,13 +49,6 @@ _FREE_CALLS = (
   "ConcatBitcast",
   "Sharding",
 )
-# What hands an array on as it is, to see where it comes from or goes.
-_SAME = {"bitcast", "opt-barrier", "optimization-barrier", "reshape"}
-_CAST = {"convert", "copy", "transpose"}
-_TAKES = {"dynamic-slice", "gather", "slice"}
-# What sets a part of its first operand, and the operand that is set.
-_SETS = {"dynamic-update-slice": 1, "scatter": 2}
-
 # A value of so few elements is an index, or as cheap as one.
 _FEW = 16
 
@@ -195,8 +188,16 @@ class _Body:
         return operands[0]
       case "while":
         return self._while(instruction, operands[0])
-      case "call" | "async-start":
-        return self._call(instruction.called[0], operands)
+      case "call":
+        return self._call(instruction, operands)
+      case "async-start" if operands:
+        return self._call(instruction, operands)
+      case "async-update" if len(operands) > 1:
+        # Started without operands; they come with the update.
+        start = self.computation.instructions[instruction.operands[0]]
+        return self._call(start, operands[1:])
+      case "async-start":
+        return _Array(name=instruction.name, fixed=False)
       case "conditional":
         return self._conditional(instruction, operands)
       case "copy-done" | "async-done" | "async-update":
@@ -228,8 +229,10 @@ class _Body:
     )
     return arguments
 
-  def _call(self, name: str, operands: Sequence[_Value]) -> _Value:
-    computation = self.module.computations[name]
+  def _call(
+    self, instruction: Instruction, operands: Sequence[_Value]
+  ) -> _Value:
+    computation = self.module.computations[instruction.called[0]]
     inner = _Body(self.module, computation, dict(enumerate(operands)))
     self._take(inner)
     return inner.values[computation.root]
@@ -293,7 +296,7 @@ class _Body:
       for array in itertools.islice(_arrays(self.values[name]), 1)
     )
     written, updated, results = 0, 0, []
-    for shape, target, part in _results(
+    for shape, target, part in fusions.results(
       self.module, self.computation, instruction
     ):
       if target is None:
@@ -319,10 +322,12 @@ class _Body:
   def _read(self, instruction: Instruction, name: str, whole: int) -> int:
     """Bytes that an operation reads of an operand of `whole` bytes."""
     opcode = instruction.opcode.removesuffix("-start")
-    if opcode in _SETS and name == instruction.operands[0]:
+    if opcode in fusions.SETS and name == instruction.operands[0]:
       return 0
-    if opcode in _TAKES or opcode == "fusion":
-      return _taken(self.module, self.computation, instruction, name, whole)
+    if opcode in fusions.TAKES or opcode == "fusion":
+      return fusions.taken(
+        self.module, self.computation, instruction, name, whole
+      )
     return whole
 
   def _size(self, name: str) -> int:
@@ -334,103 +339,6 @@ class _Body:
     """Whether a value is a number or a few: an index, not data."""
     shapes = self.computation.instructions[name].shapes
     return sum(math.prod(shape.sizes) for shape in shapes) <= _FEW
-
-
-def _taken(
-  module: Module,
-  computation: Computation,
-  user: Instruction,
-  name: str,
-  whole: int,
-  partly_set: bool = False,
-) -> int:
-  """Bytes that a user reads of an array of `whole` bytes."""
-  first = user.operands.index(name) == 0
-  opcode = user.opcode.removesuffix("-start")
-  shape = computation.instructions[name].shapes[0]
-  if opcode in _TAKES and first and user.operands.count(name) == 1:
-    # Of an asynchronous slice the result is behind the operand.
-    taken = user.shapes[1 if user.opcode.endswith("-start") else 0]
-    return min(whole, taken.elements * shape.bits // 8)
-  if opcode in _SETS and first:
-    return _used(module, computation, user, whole, True)
-  if opcode in _SAME or (opcode in _CAST and not partly_set):
-    return _used(module, computation, user, whole, partly_set)
-  if opcode == "tuple" and partly_set:
-    return 0
-  if opcode == "fusion":
-    inner = module.computations[user.called[0]]
-    parameters = (
-      inner.parameters[index]
-      for index, operand in enumerate(user.operands)
-      if operand == name
-    )
-    return min(whole, sum(_used(module, inner, p, whole) for p in parameters))
-  return whole
-
-
-def _used(
-  module: Module,
-  computation: Computation,
-  value: Instruction,
-  whole: int,
-  partly_set: bool = False,
-) -> int:
-  """Bytes of `whole` that all users of a value inside a fusion read."""
-  if value.name == computation.root:
-    return 0 if partly_set else whole
-  users = computation.users.get(value.name, ())
-  return min(
-    whole,
-    sum(
-      _taken(module, computation, user, value.name, whole, partly_set)
-      for user in users
-    ),
-  )
-
-
-def _results(
-  module: Module, computation: Computation, instruction: Instruction
-) -> list[tuple[Shape, int | None, int]]:
-  """Shapes; operands that are set in place, or None; bytes that are set."""
-  opcode, shapes = instruction.opcode, instruction.shapes
-  if opcode == "fusion":
-    inner = module.computations[instruction.called[0]]
-    root = inner.instructions[inner.root]
-    roots = root.operands if root.opcode == "tuple" else (root.name,)
-    if len(roots) == len(shapes):
-      found = [_set_in_place(module, inner, name) for name in roots]
-      return [(s, *f) for s, f in zip(shapes, found, strict=True)]
-  if opcode in _SETS:
-    part = computation.instructions[instruction.operands[_SETS[opcode]]]
-    return [(shapes[0], 0, part.shapes[0].size)]
-  if opcode == "copy-start":
-    shapes = shapes[:1]
-  elif opcode.endswith("-start") and len(shapes) > 1:
-    shapes = shapes[1:2]
-  return [(shape, None, 0) for shape in shapes]
-
-
-def _set_in_place(
-  module: Module, computation: Computation, name: str
-) -> tuple[int | None, int]:
-  """The parameter that a result of a fusion is, but for bytes that are set."""
-  value, part = computation.instructions[name], 0
-  while value.opcode in _SAME or value.opcode in _SETS:
-    if value.opcode in _SETS:
-      update = value.operands[_SETS[value.opcode]]
-      part += computation.instructions[update].shapes[0].size
-    value = computation.instructions[value.operands[0]]
-  if value.opcode == "fusion":
-    inner = module.computations[value.called[0]]
-    index, inner_part = _set_in_place(module, inner, inner.root)
-    if index is not None:
-      operand = value.operands[index]
-      index, more = _set_in_place(module, computation, operand)
-      return index, part + inner_part + more
-  if value.opcode == "parameter" and part:
-    return value.index, part
-  return None, 0
 
 
 def _collectives(
@@ -466,7 +374,7 @@ def _changed(body: Computation) -> set[int]:
   changed = set()
   for index, name in enumerate(root.operands):
     value = body.instructions[name]
-    while value.opcode in _SAME or value.opcode == "copy":
+    while value.opcode in fusions.SAME or value.opcode == "copy":
       value = body.instructions[value.operands[0]]
     if value.opcode != "get-tuple-element" or value.index != index:
       changed.add(index)
@@ -514,7 +422,7 @@ def _bounds(
 
   def look(name: str) -> Instruction:
     value = computation.instructions[name]
-    while value.opcode in _SAME:
+    while value.opcode in fusions.SAME:
       value = computation.instructions[value.operands[0]]
     if value.opcode == "parameter" and operands:
       return operands[value.index]

@@ -93,6 +93,53 @@ def test_scopes_are_those_that_people_wrote():
   assert hlo.scope_of(name) == "transpose(jvp(gradient))/a,b->c/dot_general"
 
 
+ASYNC = """\
+HloModule jit_f, num_partitions=1
+
+%inside (p: f32[32,128], q: s32[32]) -> f32[32,128] {
+  %p = f32[32,128]{1,0} parameter(0)
+  %q = s32[32]{0} parameter(1)
+  ROOT %g = f32[32,128]{1,0} gather(%p, %q), slice_sizes={1,128}
+}
+
+ENTRY %main (a: f32[32,128], b: s32[32]) -> f32[32,128] {
+  %a = f32[32,128]{1,0} parameter(0)
+  %b = s32[32]{0} parameter(1)
+  START
+  ROOT %d = f32[32,128]{1,0} async-done(%u)
+}
+"""
+
+
+@pytest.mark.parametrize(
+  "start",
+  [
+    "%s = ((), (), u32[]) async-start(), calls=%inside\n"
+    "  %u = ((), f32[32,128]{1,0}, u32[]) async-update(%s, %a, %b)",
+    "%u = ((), f32[32,128]{1,0}, u32[]) async-start(%a, %b), calls=%inside",
+  ],
+)
+def test_work_beside_other_work_counts_once(start):
+  """Also where it is started first and given its operands later."""
+  program = hlo.analyse(ASYNC.replace("START", start))
+  assert program.bytes_per_turn() == 2 * 32 * 128 * 4 + 32 * 4
+
+
+def test_a_bound_beside_another_condition():
+  """Of turns that end early the bound is known, those of rows are not."""
+  both = """\
+    %bound = s32[]{:T(128)} constant(7)
+    %lt = pred[]{:T(512)} compare(%j, %bound), direction=LT
+    %more.1 = pred[]{:T(512)} custom-call(), custom_call_target="Sharding"
+    ROOT %both = pred[]{:T(512)} and(%more.1, %lt)
+  """
+  lines = TPU.splitlines(keepends=True)
+  at = next(i for i, line in enumerate(lines) if "%bound = " in line)
+  text = "".join([*lines[:at], both, *lines[at + 2 :]])
+  (layers,) = hlo.analyse(text).find("decode_loop").loops
+  assert layers.turns == 7
+
+
 def test_text_that_is_no_module():
   with pytest.raises(ValueError, match="optimised HLO"):
     hlo.analyse("module @jit_f {}")
