@@ -127,17 +127,16 @@ def test_work_beside_other_work_counts_once(start):
 
 def test_a_bound_beside_another_condition():
   """Of turns that end early the bound is known, those of rows are not."""
-  both = """\
-    %bound = s32[]{:T(128)} constant(7)
-    %lt = pred[]{:T(512)} compare(%j, %bound), direction=LT
-    %more.1 = pred[]{:T(512)} custom-call(), custom_call_target="Sharding"
-    ROOT %both = pred[]{:T(512)} and(%more.1, %lt)
-  """
-  lines = TPU.splitlines(keepends=True)
-  at = next(i for i, line in enumerate(lines) if "%bound = " in line)
-  text = "".join([*lines[:at], both, *lines[at + 2 :]])
+  last = "  ROOT %lt = pred[]{:T(512)} compare(%j, %bound), direction=LT"
+  both = (
+    "  %lt = pred[]{:T(512)} compare(%j, %bound), direction=LT\n"
+    '  %more.1 = pred[]{:T(512)} custom-call(), custom_call_target="Sharding"\n'
+    "  ROOT %both = pred[]{:T(512)} and(%more.1, %lt)"
+  )
+  text = TPU.replace(last, both)
+  assert text != TPU
   (layers,) = hlo.analyse(text).find("decode_loop").loops
-  assert layers.turns == 7
+  assert layers.turns == 3
 
 
 def test_text_that_is_no_module():
