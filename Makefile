@@ -3,11 +3,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PLAN := $(abspath $(VENV)/plan)
 # Processes pytest runs in.
 JOBS ?= 2
 # Exactly this spelling: with another, pip may take a build for GPUs.
 # `make setup TORCH=` leaves it out; the parity tests then skip.
 TORCH ?= torch==2.13.0
+# For the same tests; they need nothing more that the lock does not hold.
+PEFT ?= peft==0.21.2 accelerate==1.15.0
 
 # jax and flax differ between Python 3.11 and later, so there are two locks.
 LOCK = requirements/lock-$(shell $(PYTHON) -c 'import sys; \
@@ -21,13 +24,13 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup quickstart study test quick unit lint format types hooks lock clean
+.PHONY: help setup quickstart study plans test quick unit lint format types hooks lock clean
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' \
 	  $(MAKEFILE_LIST)
 
-setup: $(VENV)/.stamp-project $(VENV)/.stamp-torch ## Make .venv from the lock.
+setup: $(VENV)/.stamp-project $(VENV)/.stamp-torch $(VENV)/.stamp-plan ## Make .venv from the lock.
 
 quickstart: $(VENV)/.stamp-project ## Distil a small model, in minutes on a CPU.
 	rm -rf runs/quickstart
@@ -36,6 +39,10 @@ quickstart: $(VENV)/.stamp-project ## Distil a small model, in minutes on a CPU.
 
 study: $(VENV)/.stamp-project ## Compare all objectives: hours on a CPU.
 	$(BIN)/python -m benchmarks.objectives --work=runs/study
+	$(BIN)/python -m docs.generate
+
+plans: setup ## Plan every config of a pod anew: hours on a CPU.
+	PYTHONPATH=$(PLAN) $(BIN)/python -m benchmarks.plan --again
 	$(BIN)/python -m docs.generate
 
 $(VENV)/.stamp-lock: requirements/lock-py311.txt requirements/lock-py312.txt
@@ -50,17 +57,27 @@ $(VENV)/.stamp-project: $(VENV)/.stamp-lock pyproject.toml
 	touch $@
 
 # Where pip would take the build for GPUs, gigabytes of it, nothing is taken.
-$(VENV)/.stamp-torch: $(VENV)/.stamp-lock
-	@requirements/install_torch.sh $(BIN)/pip $(TORCH)
+$(VENV)/.stamp-torch: $(VENV)/.stamp-lock requirements/install_torch.sh
+	@requirements/install_torch.sh $(BIN)/pip '$(TORCH)' $(PEFT)
 	@touch $@
+
+# The TPU compiler, for `opd-jax plan`. Beside the other packages: among them jax
+# would look for a TPU each time it starts, and say that there is none.
+$(VENV)/.stamp-plan: $(VENV)/.stamp-lock requirements/plan.txt
+	rm -rf $(PLAN)
+	$(BIN)/pip install --quiet --no-deps --require-hashes --target $(PLAN) \
+	  -r requirements/plan.txt
+	touch $@
 
 test: lint types unit ## Everything CI runs.
 
 unit: setup ## Run the tests. ARGS= goes to pytest.
-	$(BIN)/pytest -n $(JOBS) --dist loadfile --durations=10 $(ARGS)
+	PYTHONPATH=$(PLAN) $(BIN)/pytest -n $(JOBS) --dist loadfile --durations=10 \
+	  $(ARGS)
 
 quick: setup ## Run the tests that are not marked slow.
-	$(BIN)/pytest -n $(JOBS) --dist loadfile -m 'not slow' $(ARGS)
+	PYTHONPATH=$(PLAN) $(BIN)/pytest -n $(JOBS) --dist loadfile -m 'not slow' \
+	  $(ARGS)
 
 lint: setup ## Check style and formatting.
 	$(BIN)/ruff check
@@ -77,12 +94,14 @@ hooks: setup ## Run the checks at every git commit.
 	$(BIN)/pre-commit install
 
 UV_COMPILE = UV_PYTHON_DOWNLOADS=never UV_CUSTOM_COMPILE_COMMAND='make lock' \
-  $(BIN)/uv pip compile pyproject.toml --extra dev --generate-hashes --upgrade \
+  $(BIN)/uv pip compile --generate-hashes --upgrade \
   --quiet --no-emit-index-url --no-emit-find-links
+UV_PROJECT = $(UV_COMPILE) pyproject.toml --extra dev
 
-lock: setup ## Renew both locks.
-	$(UV_COMPILE) --python-version 3.11 -o requirements/lock-py311.txt
-	$(UV_COMPILE) --python-version 3.12 -o requirements/lock-py312.txt
+lock: setup ## Renew both locks, and the pin of the TPU compiler.
+	$(UV_PROJECT) --python-version 3.11 -o requirements/lock-py311.txt
+	$(UV_PROJECT) --python-version 3.12 -o requirements/lock-py312.txt
+	echo libtpu | $(UV_COMPILE) - --python-version 3.11 -o requirements/plan.txt
 
 clean: ## Remove .venv and all caches; runs/ stays.
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache build *.egg-info

@@ -12,6 +12,7 @@ import re
 import typing
 from pathlib import Path
 
+from benchmarks import plan as plans
 from benchmarks.study import results, tables
 from docs import objective_pages
 from docs.docstrings import (
@@ -39,6 +40,7 @@ def configuration() -> str:
     if cls := group_of(hint):
       parts += [f"## {name}", summary(cls), table(cls, f"{name}.")]
   for name, cls, prefix in (
+    ("lora", config.LoraConfig, "student.lora."),
     ("sources", config.SourceConfig, "data.sources.NAME."),
     ("prompt", config.TemplateConfig, "prompt."),
   ):
@@ -80,6 +82,7 @@ SECTIONS = {
   "estimators": lambda: body(estimators),
   "findings": findings,
   "objectives": objective_pages.catalogue,
+  "plans": lambda: plans.table(plans.read()),
   "policy": lambda: f"{body(policy)}\n\n{body(policy.surrogate)}",
   "reductions": lambda: body(reduce.row_scale),
   "selection": lambda: body(selector),

@@ -166,8 +166,8 @@ def catalogue() -> str:
 def configs_of(name: str) -> list[str]:
   """The files of `configs/` that take an objective."""
   return [
-    path.name
-    for path in sorted(CONFIGS.glob("*.py"))
+    path.relative_to(CONFIGS).as_posix()
+    for path in sorted(CONFIGS.rglob("*.py"))
     if f'"objective": {{"name": "{name}"' in path.read_text(encoding="utf-8")
   ]
 

@@ -4,7 +4,6 @@ Every function raises `InputError`, before any device work.
 """
 
 from opd_jax.config import RunConfig
-from opd_jax.data.prompts import Prompts
 from opd_jax.errors import InputError
 from opd_jax.models import ModelConfig
 from opd_jax.objectives.base import Objective
@@ -16,6 +15,16 @@ _WITHOUT = {
   "gopd": "set objective.max_weight",
   "exopd": "set objective.max_weight",
 }
+
+
+def check_config(config: RunConfig, objective: Objective) -> None:
+  """Raises for what can be told from the config and its objective alone."""
+  check_supported(objective)
+  check_updates(config, objective)
+  check_reference(config, objective)
+  check_given(config, objective)
+  check_reward(config, objective)
+  check_teachers(config, objective)
 
 
 def check_supported(objective: Objective) -> None:
@@ -179,15 +188,15 @@ def check_windows(
   config: RunConfig,
   models: dict[str, ModelConfig],
   paths: dict[str, str],
-  prompts: Prompts,
+  teacher_window: int | None,
 ) -> None:
   """Raises unless the models have positions for prompt and completion."""
   key, completion = "data.max_prompt_tokens", config.sampling.max_new_tokens
   windows = {"student": (key, config.data.max_prompt_tokens)}
   windows |= dict.fromkeys(models, windows["student"])
-  if prompts.teacher_window is not None:
+  if teacher_window is not None:
     # Every teacher runs over all rows.
-    own = ("the longest teacher_prompt", prompts.teacher_window)
+    own = ("the longest teacher_prompt", teacher_window)
     windows |= {role: own for role in models if role.startswith("teacher")}
   for role, (name, window) in windows.items():
     positions = models[role].max_positions
@@ -201,7 +210,7 @@ def check_windows(
 
 
 def check_sampling(
-  config: RunConfig, objective: Objective, prompts: Prompts
+  config: RunConfig, objective: Objective, teacher_window: int | None
 ) -> None:
   """Raises unless the objective is right for how the tokens are drawn."""
   greedy = config.sampling.temperature == 0
@@ -236,7 +245,7 @@ def check_sampling(
         "take opd_k1 or minillm, whose ratios weigh for the mixture",
       )
     )
-  if prompts.teacher_window is not None:
+  if teacher_window is not None:
     raise InputError(
       f"rollout.teacher_mix = {mix} draws from the teacher after the student's "
       "prompts, and a source has a teacher_prompt; leave out one of the two"

@@ -1,4 +1,4 @@
-"""Writes a model as a Hugging Face checkpoint."""
+"""Writes a model as a Hugging Face checkpoint, or its adapters for PEFT."""
 
 import functools
 import json
@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from opd_jax import storage
 from opd_jax.errors import InputError
-from opd_jax.models import hf
+from opd_jax.models import hf, lora, peft
 from opd_jax.models.api import Model
 from opd_jax.models.config import ModelConfig
 from opd_jax.types import Params
@@ -53,7 +53,8 @@ def export(
   call; the first one writes.
 
   Args:
-    params: weights of `model`, wherever they are.
+    params: weights of `model`, wherever they are. Adapters are merged, one
+      tensor at a time.
     model: its layout is where single tensors are gathered.
     source_dir: the checkpoint the model came from (see `hf.resolve`): its
       config.json is kept but for the dtype, its tokenizer, chat template and
@@ -67,15 +68,77 @@ def export(
     InputError: an unknown dtype, an `out_dir` in use, or a source of another
       architecture.
   """
-  if dtype not in DTYPES:
-    raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+  _check_dtype(dtype)
   out_dir = Path(out_dir).expanduser() if replace else check_free(out_dir)
   source = None
   if source_dir is not None:
     source = storage.local_copy(hf.resolve(source_dir))
-  config = _config_json(model.config, source, dtype)
+  texts = {hf.CONFIG_FILE: _config_json(model.config, source, dtype)}
   shards = _plan(model.config, np.dtype(dtype).itemsize, max_shard_bytes)
+  if len(shards) > 1:
+    texts[hf.INDEX_FILE] = _index(shards, dtype)
   fetch = _fetcher(params, model, dtype)
+  _write(out_dir, shards, fetch, texts, source, replace)
+
+
+def export_adapter(
+  params: Params,
+  model: Model,
+  source_dir: str | Path,
+  out_dir: str | Path,
+  dtype: str = "float32",
+) -> None:
+  """Writes a folder that `peft.PeftModel.from_pretrained` reads.
+
+  Otherwise as `export`.
+
+  Args:
+    params: adapters of `model`, wherever they are.
+    model: with adapters; its layout is where single tensors are gathered.
+    source_dir: the checkpoint that they belong to, which is named there.
+    out_dir: must not exist, or be empty.
+    dtype: of the written adapters, "float32" or "bfloat16".
+
+  Raises:
+    InputError: an unknown dtype, an `out_dir` in use, or no adapters.
+  """
+  _check_dtype(dtype)
+  if model.lora is None:
+    raise InputError(
+      "all weights of this run were trained, so there is no adapter to write; "
+      "take --format=merged, or set student.lora in a run's config"
+    )
+  _write(
+    check_free(out_dir),
+    {peft.WEIGHTS_FILE: list(peft.tensors(model.config, model.lora))},
+    _fetcher(params, model, dtype),
+    {peft.CONFIG_FILE: peft.to_config(model.lora, source_dir)},
+  )
+
+
+def _check_dtype(dtype: str) -> None:
+  if dtype not in DTYPES:
+    raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+
+
+def _write(
+  out_dir: Path,
+  shards: Mapping[str, list[hf.Tensor]],
+  fetch: Callable[[hf.Tensor], np.ndarray],
+  texts: Mapping[str, Mapping[str, Any]],
+  source: Path | None = None,
+  replace: bool = False,
+) -> None:
+  """Writes a folder, which appears under its name when it is complete.
+
+  Args:
+    out_dir: of the folder.
+    shards: tensors by file.
+    fetch: brings one of them to the host; all processes call it.
+    texts: values of JSON files, by file.
+    source: checkpoint whose tokenizer goes along, if any.
+    replace: what is in `out_dir` gives way.
+  """
   if jax.process_index() != 0:
     for tensors in shards.values():
       for tensor in tensors:
@@ -90,9 +153,8 @@ def export(
       partial / file,
       metadata={"format": "pt"},
     )
-  if len(shards) > 1:
-    _write_json(partial / hf.INDEX_FILE, _index(shards, dtype))
-  _write_json(partial / hf.CONFIG_FILE, config)
+  for file, values in texts.items():
+    _write_json(partial / file, values)
   if source is not None:
     _carry(source, partial)
   if replace:
@@ -174,18 +236,34 @@ def _fetcher(
   place = functools.partial(jax.jit, out_shardings=model.layout.replicated())
   whole = place(lambda leaf: leaf.astype(dtype))
 
-  @place
-  def one_of(leaf: jax.Array, index: tuple[int, ...]) -> jax.Array:
+  def cut(leaf: jax.Array, index: tuple[int, ...]) -> jax.Array:
     # The layer first: layers are not spread, but experts may be.
     for number in index:
       leaf = jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False)
-    return leaf.astype(dtype)
+    return leaf
+
+  @place
+  def one_of(leaf: jax.Array, index: tuple[int, ...]) -> jax.Array:
+    return cut(leaf, index).astype(dtype)
+
+  @place
+  def merged(product: Params, index: tuple[int, ...]) -> jax.Array:
+    one = jax.tree.map(lambda leaf: cut(leaf, index), product)
+    return lora.merged_kernel(one, adapters).astype(dtype)
+
+  adapters: Any = model.lora
 
   def fetch(tensor: hf.Tensor) -> np.ndarray:
-    leaf: Any = params
-    for name in tensor.parameter.split("."):
-      leaf = leaf[name]
-    value = one_of(leaf, tensor.index) if tensor.index else whole(leaf)
+    *place, last = tensor.parameter.split(".")
+    node: Any = params
+    for name in place:
+      node = node[name]
+    if last == "kernel" and "adapter" in node:
+      value = merged(node, tensor.index)
+    elif tensor.index:
+      value = one_of(node[last], tensor.index)
+    else:
+      value = whole(node[last])
     return tensor.to_file(np.asarray(value))
 
   return fetch

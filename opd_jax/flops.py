@@ -1,11 +1,15 @@
 """Floating-point operations of a step.
 
 A product of [n, k] and [k, m] counts 2 n k m; a backward pass counts twice its
-forward. What is computed again, by rematerialisation or in the pass before an
-update, is not counted, so that the utilisation (MFU) is about useful work.
+forward, or once where only adapters are trained, which count nothing. What is
+computed again, by rematerialisation or in the pass before an update, is not
+counted, so that the utilisation (MFU) is about useful work.
 """
 
 from opd_jax.models import ModelConfig
+
+# Passes that a backward one counts for, by whether only adapters are trained.
+_BACKWARD = {False: 2, True: 1}
 
 
 def forward(
@@ -55,6 +59,7 @@ def step(
   start: bool = False,
   kept: float = 1.0,
   frozen_kept: float = 1.0,
+  adapters: bool = False,
 ) -> float:
   """Operations of one step on real (not padded) tokens.
 
@@ -77,6 +82,7 @@ def step(
     kept: fraction of the tokens that carry loss.
     frozen_kept: fraction whose next-token logits frozen models compute; that of
       the reference is `kept`.
+    adapters: of the student are trained, in place of its weights.
   """
   tokens = rows * completion_length
   drawn = tokens - rows * given_length
@@ -101,13 +107,18 @@ def step(
   if reference is not None:
     scores.append(score(reference, prompt_length, kept))
   own = score(student, prompt_length)
-  backwards = 2 * score(student, prompt_length, kept)
+  backwards = _BACKWARD[adapters] * score(student, prompt_length, kept)
   drawing = draw(student) + (draw(mixed) if mixed is not None else 0.0)
   return drawing + start * own + epochs * (own + backwards + sum(scores))
 
 
 def supervised(
-  student: ModelConfig, *, tokens: float, context: float, learned: float
+  student: ModelConfig,
+  *,
+  tokens: float,
+  context: float,
+  learned: float,
+  adapters: bool = False,
 ) -> float:
   """Operations of one supervised step on real (not padded) tokens.
 
@@ -116,5 +127,7 @@ def supervised(
     tokens: in all rows.
     context: tokens each of them attends to, on average.
     learned: tokens that carry loss.
+    adapters: of the student are trained, in place of its weights.
   """
-  return 3 * forward(student, tokens, context, learned)
+  passes = 1 + _BACKWARD[adapters]
+  return passes * forward(student, tokens, context, learned)

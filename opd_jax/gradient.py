@@ -4,7 +4,8 @@ One forward pass of the trunk per student view is differentiated as a whole. The
 vocabulary heads run over chunks of T, and each chunk is differentiated where it
 stands: the loop yields the gradient in the hidden states and sums the one in
 the head's weights; then one backward pass of the trunk finishes. So no
-[B, T, V] array exists and no product of the head is computed twice.
+[B, T, V] array exists and no product of the head is computed twice. Where
+adapters are trained, the head has no gradient.
 
 Where a selector chooses the tokens that carry loss, a first pass over the heads
 ranks all of them, without gradient; the loop then runs over rows of the chosen
@@ -44,7 +45,7 @@ class Evaluation:
   Attributes:
     losses: what the rows add to each reduced term; the loss is their sum.
     statistics: what they add to each reduced statistic.
-    gradients: what they add to the gradient in the student's parameters.
+    gradients: what they add to the gradient in what is trained.
     observed: per token, for the log; chosen or not. With a selector, of the
       models that it looks at.
     selected: "kept", whether a token is chosen, and its "score"; {} without a
@@ -153,12 +154,17 @@ def evaluate(
       None makes it from the states of this pass.
   """
   needs = _first_needs(objective, selector)
-  trunk, _ = scorer.student.split_head(parameters.student)
-  head = scorer.head("student", parameters.student)
+  head, fixed_head = scorer.head("student", parameters.of("student")), {}
+  if parameters.base is None:
+    trunk, _ = scorer.student.split_head(parameters.student)
+  else:  # No adapter is in the head.
+    trunk = parameters.student
+    head, fixed_head = fixed_head, head
   trained_roles = objective.needs.gradient_roles()
 
   def run(trunk: Params) -> dict[str, States]:
-    return {role: scorer.hidden(role, trunk, batch) for role in trained_roles}
+    weights = parameters.with_student(trunk).of("student")
+    return {role: scorer.hidden(role, weights, batch) for role in trained_roles}
 
   trained, backward = jax.vjp(run, trunk)
   states = jax.lax.stop_gradient(trained)
@@ -204,6 +210,7 @@ def evaluate(
       known=known,
       fixed=fixed,
       fixed_heads=fixed_heads,
+      fixed_head=fixed_head,
     )
     run = loop.whole_rows if objective.needs.whole_rows else loop.pointwise
     summed, seen, in_states = run(trained, head)
@@ -285,7 +292,11 @@ class RowShards:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _GradientLoop:
-  """The loop over chunks that differentiates an objective."""
+  """The loop over chunks that differentiates an objective.
+
+  Of the student's head it is given what is trained, all of it or nothing;
+  `fixed_head` is the rest.
+  """
 
   scorer: Scorer
   objective: Objective
@@ -295,6 +306,7 @@ class _GradientLoop:
   known: Mapping[str, ModelScores]
   fixed: Mapping[str, States]
   fixed_heads: Mapping[str, Weights]
+  fixed_head: Params
 
   def pointwise(self, trained: Any, head: Params) -> Any:
     """Terms of each chunk, differentiated where it stands."""
@@ -319,7 +331,8 @@ class _GradientLoop:
   def whole_rows(self, trained: Any, head: Params) -> Any:
     """Terms of whole rows: their gradient in the fields comes first."""
     needs = self.objective.needs
-    heads = {**self.fixed_heads, **dict.fromkeys(trained, head)}
+    own = {**self.fixed_head, **head}
+    heads = {**self.fixed_heads, **dict.fromkeys(trained, own)}
     found = self.scorer.fields(
       needs, {**self.fixed, **trained}, heads, self.batch
     )
@@ -357,11 +370,12 @@ class _GradientLoop:
     """Scores of all roles that are run on a chunk, and what the log sees."""
     scorer = self.scorer.in_shard("sequence")
     scores, observed = {}, {}
+    own = {**self.fixed_head, **head}
     for role, chunk in {**part["fixed"], **states}.items():
       scores[role], observed[role] = scorer._score(
         role,
         getattr(self.objective.needs, role),
-        head if role in states else self.fixed_heads[role],
+        own if role in states else self.fixed_heads[role],
         chunk,
         part["batch"].tokens,
         part["batch"].loss_mask,

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import rich.console
 
+from opd_jax import processes
 from opd_jax.checkpoint import Checkpoints
 from opd_jax.errors import InputError
 from opd_jax.export import export
@@ -98,6 +99,7 @@ def run(
       # --- Programs, before the first step. ---
       tell.print("compiling the step ...")
       task.compile(state)
+      processes.meet()
       tell.print(f"compiled in {task.compile_seconds:.1f} s")
 
       # --- The loop. ---
@@ -118,7 +120,7 @@ def run(
         for measurement in measurements:
           if everything or _due(measurement.every, done):
             with meter.paused():
-              values = measurement(state.params)
+              values = measurement(task.weights(state))
               record(values)
             found |= values
             # At once: what is measured next may fail, and end the run.
@@ -205,7 +207,7 @@ def run(
     folder = workdir / EXPORT_FOLDER
     if finished:
       export(
-        state.params,
+        task.weights(state),
         task.student,
         config.student.path,
         folder,

@@ -21,6 +21,7 @@ _FREE_KEYS = (
   "steps",
   "mode",
   "mesh",
+  "topology",
   "held_out.every",
   "held_out.batch",
   "eval.every",

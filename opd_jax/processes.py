@@ -5,12 +5,14 @@ sent. What one of them complains about, all raise: none waits for another that
 has ended.
 """
 
+import itertools
 import pickle
 from collections.abc import Callable
 from typing import TypeVar
 
 import jax
 import numpy as np
+from jax._src import distributed  # Has the only barrier off the devices.
 from jax.experimental import multihost_utils
 
 from opd_jax.errors import InputError
@@ -21,11 +23,23 @@ T = TypeVar("T")
 # of all processes for a moment.
 _PIECE = 2**22
 
+# A process that is lost ends the wait earlier.
+_MEETING_SECONDS = 3600
+_meetings = itertools.count()
+
 
 def share(count: int) -> range:
   """The part of `count` things, in order, that is this process's to do."""
   process, processes = jax.process_index(), jax.process_count()
   return range(count * process // processes, count * (process + 1) // processes)
+
+
+def meet() -> None:
+  """Waits for all. Collectives on CPUs wait 30 s only for those behind."""
+  client = distributed.global_state.client
+  if client is not None:
+    name = f"opd_jax {next(_meetings)}"
+    client.wait_at_barrier(name, 1000 * _MEETING_SECONDS)
 
 
 def exchange(make: Callable[[], T]) -> list[T]:
@@ -72,12 +86,14 @@ def _opened(told: bytes) -> T:
 
 
 def _broadcast(told: bytes) -> bytes:
+  meet()
   size = int(multihost_utils.broadcast_one_to_all(np.uint32(len(told))))
   piece = _padded(told, _room(size))
   return multihost_utils.broadcast_one_to_all(piece).tobytes()[:size]
 
 
 def _gathered(told: bytes) -> list[bytes]:
+  meet()
   sizes = multihost_utils.process_allgather(np.uint32(len(told)))
   parts: list[list[bytes]] = [[] for _ in sizes]
   for start in range(0, int(max(sizes)), _PIECE):

@@ -27,25 +27,39 @@ def shape_of(tree: Any) -> Any:
   )
 
 
-def compiled(function: Callable, arguments: Any, **options: Any) -> Any:
+def compiled(
+  function: Callable,
+  arguments: Any,
+  compiler_options: dict[str, bool | str] | None = None,
+  **options: Any,
+) -> Any:
   """A function compiled for arguments of these shapes and places, no other."""
-  return jax.jit(function, **options).lower(*shape_of(arguments)).compile()
+  lowered = jax.jit(function, **options).lower(*shape_of(arguments))
+  return lowered.compile(compiler_options)
 
 
 class Programs:
   """A step as "fused" (one program) or "split" (two).
 
   Attributes:
+    names: of the programs of a step, in order.
     compile_seconds: spent compiling so far.
     compiled: programs compiled so far, by name.
   """
 
-  def __init__(self, step: Step, mode: Literal["fused", "split"]):
+  def __init__(
+    self,
+    step: Step,
+    mode: Literal["fused", "split"],
+    compiler_options: dict[str, bool | str] | None = None,
+  ):
     """Compiles nothing yet; see `compile`."""
+    self._compiler_options = compiler_options
     self._step = step
     self._mode = mode
     # Metrics and drawn tokens are small, and every host reads them.
     self._everywhere = step.scorer.student.layout.replicated()
+    self.names = ("train",) if mode == "fused" else ("rollout", "update")
     self.compile_seconds = 0.0
     self.compiled: dict[str, Any] = {}
 
@@ -164,7 +178,9 @@ class Programs:
     if name in self.compiled:
       return
     start = time.monotonic()
-    self.compiled[name] = compiled(function, arguments, **options)
+    self.compiled[name] = compiled(
+      function, arguments, self._compiler_options, **options
+    )
     self.compile_seconds += time.monotonic() - start
 
 

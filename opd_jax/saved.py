@@ -1,4 +1,4 @@
-"""A model on disk: a Hugging Face checkpoint, or the folder of a run."""
+"""A model on disk: a Hugging Face checkpoint, an adapter of one, or a run."""
 
 import dataclasses
 from pathlib import Path
@@ -7,13 +7,15 @@ import jax
 import numpy as np
 
 from opd_jax import objectives, optim, sft, tokenizer
+from opd_jax import student as student_lib
 from opd_jax.checkpoint import Checkpoints
-from opd_jax.config import RunConfig, SftConfig
+from opd_jax.config import RunConfig, SftConfig, TrainedModelSource
 from opd_jax.errors import InputError
 from opd_jax.loop import CHECKPOINT_FOLDER
-from opd_jax.models import Model, ModelConfig, hf
+from opd_jax.models import Model, ModelConfig, hf, peft
 from opd_jax.parsing import parse
 from opd_jax.replay import Buffer
+from opd_jax.scoring import Parameters
 from opd_jax.sharding import DECODE_RULES, TRAIN_RULES, Layout, make_mesh
 from opd_jax.tokenizer import Tokenizer
 from opd_jax.types import Params, TrainState
@@ -26,8 +28,9 @@ class Saved:
 
   Attributes:
     source: the Hugging Face checkpoint with its config.json and tokenizer: for
-      a run, that of the student.
+      a run, that of the student; for an adapter, its base.
     architecture: of the model.
+    adapter: folder of an adapter, see `models.peft`; None for anything else.
     workdir: of the run; None for a Hugging Face checkpoint.
     config: of the run; None likewise.
     step: of the run's checkpoint; None likewise.
@@ -35,6 +38,7 @@ class Saved:
 
   source: str
   architecture: ModelConfig
+  adapter: Path | None = None
   workdir: Path | None = None
   config: RunConfig | SftConfig | None = None
   step: int | None = None
@@ -51,8 +55,15 @@ class Saved:
     """Of the weights, see `hf.fingerprint`.
 
     Raises:
-      InputError: the weights are those of a run, which are in no such files.
+      InputError: the weights are in no such files: those of a run, or of an
+        adapter and its base.
     """
+    if self.adapter is not None:
+      raise InputError(
+        "stored completions name the weights that wrote them by their files, "
+        f"and {self.adapter} is an adapter; merge it into its base, and name "
+        "the merged model instead"
+      )
     if self.workdir is not None:
       raise InputError(
         "stored completions name the weights that wrote them by their files, "
@@ -93,16 +104,35 @@ class Saved:
       InputError: weights that cannot be read.
     """
     dtype = model.compute_dtype
-    if self.workdir is None:
+    if self.adapter is not None:
+      adapters = peft.read_lora(self.adapter, self.architecture)
+      model = dataclasses.replace(model, lora=adapters)
+      base = hf.load(self.source, model, dtype)
+      return _merge(model, base, peft.load(self.adapter, model))
+    if self.config is None:
       return hf.load(self.source, model, dtype)
-    _, state = self.restore()
-    return jax.tree.map(
-      lambda leaf, place: jax.device_put(
-        np.asarray(leaf).astype(dtype), place.sharding
-      ),
-      state.params,
-      model.abstract_params(),
-    )
+    student, state = self.restore()
+    if student.lora is None:
+      return _place(state.params, model.abstract_params(dtype))
+    model = dataclasses.replace(model, lora=student.lora)
+    base = student_lib.load_base(self._student(self.config), model)
+    return _merge(model, base, _place(state.params, model.abstract_trained()))
+
+  def weights(self, student: Model, state: TrainState) -> Params:
+    """The weights of a restored student, with its adapters if it has any.
+
+    Args:
+      student: from `restore`.
+      state: likewise.
+    """
+    if self.config is None:
+      raise ValueError(f"{self.source} is not the folder of a run")
+    base = student_lib.load_base(self._student(self.config), student)
+    return Parameters(student=state.params, base=base).of("student")
+
+  def _student(self, config: RunConfig | SftConfig) -> TrainedModelSource:
+    """What the run started from, at the place where it is now."""
+    return dataclasses.replace(config.student, path=self.source)
 
   def restore(self) -> tuple[Model, TrainState]:
     """A run's student and its state, in the host's memory.
@@ -121,7 +151,8 @@ class Saved:
       objective = objectives.create(self.config.objective)
       replay = Buffer.of(self.config)
     mesh = make_mesh({}, jax.devices("cpu")[:1])
-    student = Model(self.architecture, Layout.create(mesh, TRAIN_RULES))
+    layout = Layout.create(mesh, TRAIN_RULES)
+    student = student_lib.make(self.config.student, self.architecture, layout)
     checkpoints = Checkpoints(self.workdir / CHECKPOINT_FOLDER, None)
     state, _ = checkpoints.restore(
       self.step,
@@ -140,8 +171,9 @@ def find(path: str | Path, step: str = "latest") -> Saved:
   """Finds a model and checks that its weights are there.
 
   Args:
-    path: the folder of a run, of a Hugging Face checkpoint, or `org/name` or
-      `org/name@revision` in the Hugging Face cache.
+    path: the folder of a run, of a Hugging Face checkpoint, of an adapter of
+      one as PEFT writes it, or `org/name` or `org/name@revision` in the Hugging
+      Face cache.
     step: of a run: "latest", "best" or a number.
 
   Raises:
@@ -154,9 +186,13 @@ def find(path: str | Path, step: str = "latest") -> Saved:
       f"step is for the folder of a run, and {path} is none; leave it out, or "
       "name the workdir of a run"
     )
-  architecture = hf.read_config(path)
-  hf.check(path, architecture)
-  return Saved(source=str(path), architecture=architecture)
+  adapter = Path(path).expanduser() if peft.is_adapter(path) else None
+  source = str(path) if adapter is None else peft.read_base(adapter)
+  architecture = hf.read_config(source)
+  hf.check(source, architecture)
+  if adapter is not None:
+    peft.read_lora(adapter, architecture)
+  return Saved(source=source, architecture=architecture, adapter=adapter)
 
 
 def find_run(workdir: str | Path, step: str = "latest") -> Saved:
@@ -179,6 +215,24 @@ def find_run(workdir: str | Path, step: str = "latest") -> Saved:
     config=config,
     step=number,
   )
+
+
+def _place(params: Params, abstract: Params) -> Params:
+  """Arrays of the host in the places and dtypes of others."""
+  return jax.tree.map(
+    lambda leaf, to: jax.device_put(
+      np.asarray(leaf).astype(to.dtype), to.sharding
+    ),
+    params,
+    abstract,
+  )
+
+
+def _merge(model: Model, base: Params | None, adapters: Params) -> Params:
+  """Weights without adapters, in the compute dtype of a decoder."""
+  places = jax.tree.map(lambda leaf: leaf.sharding, model.abstract_params())
+  weights = Parameters(student=adapters, base=base).of("student")
+  return jax.jit(model.working_copy, out_shardings=places)(weights)
 
 
 def _step_number(checkpoints: Checkpoints, step: str) -> int | None:

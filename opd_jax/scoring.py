@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from opd_jax import sequences
-from opd_jax.models import Model
+from opd_jax.models import Model, lora
 from opd_jax.objectives import divergences
 from opd_jax.objectives.base import (
   ROLES,
@@ -52,9 +52,17 @@ States = Any
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parameters:
-  """The weights of a step, by who holds them; of several teachers a tuple."""
+  """The weights of a step, by who holds them; of several teachers a tuple.
+
+  Attributes:
+    student: what is trained: all weights, or adapters.
+    base: the student's weights that adapters belong to; None without adapters.
+    teacher: of the frozen teacher, if there is one.
+    reference: of the frozen reference, if there is one.
+  """
 
   student: Params
+  base: Params | None = None
   teacher: Weights | None = None
   reference: Params | None = None
 
@@ -63,7 +71,13 @@ class Parameters:
     params = getattr(self, _PLAYER[role])
     if params is None:
       raise ValueError(f"this run has no {role}")
+    if params is self.student and self.base is not None:
+      return lora.combine(self.base, params)
     return params
+
+  def with_student(self, trained: Params) -> "Parameters":
+    """These with another value of what is trained."""
+    return dataclasses.replace(self, student=trained)
 
 
 # Log-probabilities over the vocabulary, and the mass outside the shared ids;

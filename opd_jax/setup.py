@@ -6,7 +6,6 @@ mesh tried against the models' shapes. What is wrong raises `InputError` here.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal
 
 from jax.sharding import Mesh
 
@@ -20,6 +19,8 @@ from opd_jax import (
   tokenizer,
 )
 from opd_jax import held_out as held_out_lib
+from opd_jax import student as student_lib
+from opd_jax.blueprint import Blueprint, DomainModel, mode_of, route
 from opd_jax.config import (
   FrozenModelSource,
   HeldOutConfig,
@@ -33,7 +34,6 @@ from opd_jax.errors import InputError
 from opd_jax.evaluate import Accuracy, Problems
 from opd_jax.held_out import HeldOut, HeldOutLoss
 from opd_jax.models import Model, ModelConfig, hf
-from opd_jax.objectives.base import Objective
 from opd_jax.replay import Buffer
 from opd_jax.rewards import Rewards
 from opd_jax.scoring import Scorer
@@ -45,71 +45,47 @@ from opd_jax.tokenizer import Difference, Tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DomainTeacher:
-  """A teacher of the rows of some data sources.
+class DomainTeacher(DomainModel):
+  """A teacher of the rows of some data sources, with its tokenizer.
 
   Attributes:
-    role: the same in words.
-    source: its key in the config.
-    model: its architecture.
     tokenizer: of it.
     difference: between the student's tokenizer and its.
   """
 
-  role: str
-  source: FrozenModelSource
-  model: ModelConfig
   tokenizer: Tokenizer
   difference: Difference
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Setup:
+class Setup(Blueprint):
   """What a run is made of, on the host.
 
   Attributes:
-    config: of the run.
-    student: its architecture.
-    teacher: its architecture.
     domain_teachers: the others, in order.
-    routes: by data source: index of its teacher in (teacher, *domain_teachers).
-    reference: its architecture, if there is one.
     tokenizer: of the student.
     teacher_tokenizer: of the teacher.
     reference_tokenizer: of the reference, if there is one.
     difference: between the tokenizers of student and teacher.
-    vocab_size: ids that all models and the tokenizer have.
-    stop_ids: end a completion.
     prompts: endless batches.
     held_out: texts of the held-out loss, if there are any.
     problems: of the evaluation, as the student is asked, if there is one.
     teacher_problems: as the teacher is asked, if it is evaluated too.
-    objective: what is descended.
     origins: of the stores among the sources, by the names of these.
     rewards: the host stage of the step, if there is one.
-    mode: of the step.
   """
 
-  config: RunConfig
-  student: ModelConfig
-  teacher: ModelConfig
   domain_teachers: tuple[DomainTeacher, ...]
-  routes: tuple[int, ...]
-  reference: ModelConfig | None
   tokenizer: Tokenizer
   teacher_tokenizer: Tokenizer
   reference_tokenizer: Tokenizer | None
   difference: Difference
-  vocab_size: int
-  stop_ids: tuple[int, ...]
   prompts: Prompts
   held_out: HeldOut | None
   problems: Problems | None
   teacher_problems: Problems | None
-  objective: Objective
   origins: Mapping[str, Origin]
   rewards: Rewards | None
-  mode: Literal["fused", "split"]
 
   def teacher_tokenizer_of(self, source: str) -> Tokenizer:
     """Of the teacher that scores the rows of a data source."""
@@ -129,12 +105,7 @@ def prepare(config: RunConfig) -> Setup:
       tokenizers or the data.
   """
   objective = objectives.create(config.objective)
-  compatibility.check_supported(objective)
-  compatibility.check_updates(config, objective)
-  compatibility.check_reference(config, objective)
-  compatibility.check_given(config, objective)
-  compatibility.check_reward(config, objective)
-  compatibility.check_teachers(config, objective)
+  compatibility.check_config(config, objective)
   models = {}
   paths = {}
   others, routes = route(config)
@@ -226,8 +197,9 @@ def prepare(config: RunConfig) -> Setup:
     if obstacle is None or "tokenizers_differ" in config.preflight.allow:
       raise
     raise InputError(obstacle) from error
-  compatibility.check_sampling(config, objective, prompts)
-  compatibility.check_windows(config, models, paths, prompts)
+  window = prompts.teacher_window
+  compatibility.check_sampling(config, objective, window)
+  compatibility.check_windows(config, models, paths, window)
   problems = evaluate.of_run(
     config.eval, config.sampling, student_tokenizer, models["student"]
   )
@@ -264,30 +236,10 @@ def prepare(config: RunConfig) -> Setup:
     rewards=None
     if config.reward is None
     else rewards.prepare(config.reward, student_tokenizer, prompts),
-    mode=config.mode or ("split" if objective.needs.host else "fused"),
+    mode=mode_of(config, objective),
+    teacher_window=prompts.teacher_window,
+    given_window=prompts.given_window,
   )
-
-
-def route(
-  config: RunConfig,
-) -> tuple[dict[str, FrozenModelSource], tuple[int, ...]]:
-  """The teachers beside `teacher` by role, and whose the rows of a source are.
-
-  A teacher that several sources name is one. An index counts `teacher` as 0.
-  """
-  of_source = {
-    name: config.domain_teachers.get(name, config.teacher)
-    for name in config.data.sources
-  }
-  found = [config.teacher]
-  for source in of_source.values():
-    if source not in found:
-      found.append(source)
-  roles = {}
-  for source in found[1:]:
-    own = [name for name, teacher in of_source.items() if teacher == source]
-    roles[f"teacher of {', '.join(own)}"] = source
-  return roles, tuple(found.index(source) for source in of_source.values())
 
 
 def read_held_out(
@@ -335,7 +287,7 @@ def measurements(
   return found
 
 
-def make_step(setup: Setup, mesh: Mesh | None = None) -> Step:
+def make_step(setup: Blueprint, mesh: Mesh | None = None) -> Step:
   """The step of a run on a mesh, by default that of the config.
 
   Raises:
@@ -347,9 +299,7 @@ def make_step(setup: Setup, mesh: Mesh | None = None) -> Step:
   train, decode = layouts(mesh, config.mesh)
   for layout in (train, decode):
     compatibility.check_batch(config, layout.shards("batch"))
-  student = Model(
-    setup.student, train, config.student.compute_dtype, config.student.remat
-  )
+  student = student_lib.make(config.student, setup.student, train)
   teacher = _frozen(setup.teacher, train, config.teacher)
   others = {
     other.role: _frozen(other.model, train, other.source)
@@ -382,7 +332,7 @@ def make_step(setup: Setup, mesh: Mesh | None = None) -> Step:
   if config.selection is not None:
     selector = Selector(config=config.selection, vocab_size=setup.vocab_size)
   return Step(
-    decoder=Model(setup.student, decode, config.student.compute_dtype),
+    decoder=dataclasses.replace(student, layout=decode, remat="none"),
     teacher_decoder=teacher_decoder,
     scorer=scorer,
     objective=setup.objective,

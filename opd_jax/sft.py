@@ -24,6 +24,7 @@ from opd_jax import (
   processes,
   tokenizer,
 )
+from opd_jax import student as student_lib
 from opd_jax.config import SamplingConfig, SftConfig
 from opd_jax.data import sources
 from opd_jax.data.packing import PackedBatch, PackedExamples
@@ -35,7 +36,7 @@ from opd_jax.models import Model, ModelConfig, hf
 from opd_jax.objectives import sft as objective
 from opd_jax.objectives.base import Objective
 from opd_jax.programs import compiled
-from opd_jax.scoring import Scorer
+from opd_jax.scoring import Parameters, Scorer
 from opd_jax.setup import measurements, read_held_out
 from opd_jax.sharding import Layout, layouts, make_mesh
 from opd_jax.summary import Summary
@@ -43,11 +44,12 @@ from opd_jax.tokenizer import Tokenizer
 from opd_jax.types import (
   PackedRows,
   Packing,
+  Params,
   PromptBatch,
   ScoringBatch,
   TrainState,
 )
-from opd_jax.update import Metrics, Update
+from opd_jax.update import Frozen, Metrics, Update
 
 OBJECTIVE = Objective.bind("sft", objective, objective.Config())
 
@@ -122,11 +124,11 @@ class SftStep(Update):
   """The step on packed rows; its methods are pure and jit-able."""
 
   def train(
-    self, state: TrainState, rows: PackedRows
+    self, state: TrainState, frozen: Frozen, rows: PackedRows
   ) -> tuple[TrainState, Metrics]:
     """Maximum likelihood of the learned ids of packed rows."""
     batch = scoring_batch(rows)
-    state, metrics = self.update(state, {}, batch, pure_sampling=False)
+    state, metrics = self.update(state, frozen, batch, pure_sampling=False)
     filled = rows.packing.positions >= 0
     first = rows.packing.positions == 0
     tokens = jnp.sum(filled, dtype=jnp.float32)
@@ -178,9 +180,7 @@ def make_step(setup: SftSetup, mesh: Mesh | None = None) -> SftStep:
       f"not divisible by the {shards} shards of the batch (mesh replica x "
       "fsdp); change batch.rows, batch.micro_batches or mesh"
     )
-  student = Model(
-    setup.student, layout, config.student.compute_dtype, config.student.remat
-  )
+  student = student_lib.make(config.student, setup.student, layout)
   student.abstract_params()
   return SftStep(
     scorer=Scorer(
@@ -243,6 +243,7 @@ class FineTuning:
     self._setup = setup
     self._step = step
     self._program: Any = None
+    self._frozen: Frozen = {}
     self.config = setup.config
     self.student: Model = step.scorer.student
     self.compile_seconds = 0.0
@@ -256,6 +257,7 @@ class FineTuning:
       f"({hf.parameter_count(self._setup.student):,} parameters), from "
       f"{start[config.student.init]}"
     )
+    yield from student_lib.describe(self.student)
     yield (
       f"examples {', '.join(config.data.sources)}: {report.kept} of "
       f"{report.rows} rows, {report.mean_length:.1f} tokens on average, the "
@@ -281,13 +283,25 @@ class FineTuning:
     return self._step.abstract_state()
 
   def initial_state(self) -> TrainState:
-    """Weights with fresh optimizer state, in their places."""
-    source = self.config.student
+    """The weights to start with and fresh optimizer state, in their places."""
+    source, seed = self.config.student, self.config.seed
     if source.init == "random":
-      params = self.student.init(jax.random.key(self.config.seed))
+      params = self.student.init(jax.random.key(seed))
     else:
-      params = hf.load(source.path, self.student, "float32")
+      params = student_lib.start(source, self.student, seed)
     return self._step.place_state(params)
+
+  def weights(self, state: TrainState) -> Params:
+    """The student's weights, with its adapters if these are what is trained."""
+    parameters = Parameters(student=state.params, **self._load_frozen())
+    return parameters.of("student")
+
+  def _load_frozen(self) -> Frozen:
+    """The weights that adapters belong to, if adapters are trained."""
+    if self.student.lora is not None and not self._frozen:
+      base = student_lib.load_base(self.config.student, self.student)
+      self._frozen = {"base": base}
+    return self._frozen
 
   def compile(self, state: TrainState) -> None:
     """Compiles the step."""
@@ -307,7 +321,7 @@ class FineTuning:
     )
     self._program = compiled(
       self._step.train,
-      (state, rows),
+      (state, self._load_frozen(), rows),
       donate_argnums=0,
       out_shardings=(
         jax.tree.map(lambda leaf: leaf.sharding, state),
@@ -325,7 +339,7 @@ class FineTuning:
   ) -> tuple[TrainState, Metrics, PackedBatch]:
     """An update on a batch of packed rows."""
     rows = place_rows(batch, self.student.layout)
-    return *self._program(state, rows), batch
+    return *self._program(state, self._frozen, rows), batch
 
   def observe(self, step: int, values: Mapping[str, float]) -> None:
     """Nothing follows what is measured."""
@@ -367,6 +381,7 @@ class FineTuning:
       tokens=record["packing/tokens"],
       context=record["packing/context_mean"],
       learned=record["packing/learned"],
+      adapters=self.student.lora is not None,
     )
     return Work(tokens=record["packing/tokens"], operations=operations)
 

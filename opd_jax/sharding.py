@@ -14,7 +14,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import (
+  AbstractMesh,
+  AxisType,
+  Mesh,
+  NamedSharding,
+  PartitionSpec,
+)
 
 from opd_jax.config import MeshConfig
 from opd_jax.errors import InputError
@@ -63,17 +69,7 @@ def make_mesh(
       slices divide neither `replica` nor `fsdp`.
   """
   devices = list(jax.devices() if devices is None else devices)
-  full = {axis: sizes.get(axis, 1) for axis in MESH_AXES}
-  known = math.prod(size for size in full.values() if size != -1)
-  free = [axis for axis, size in full.items() if size == -1]
-  if free and len(devices) % known == 0:
-    full[free[0]] = len(devices) // known
-  if math.prod(full.values()) != len(devices):
-    shape = " x ".join(f"{axis}={size}" for axis, size in full.items())
-    raise InputError(
-      f"mesh {shape} does not cover the {len(devices)} devices; make the sizes "
-      "multiply to the device count, or set one of them to -1 to fill the rest"
-    )
+  full = _fill(sizes, len(devices))
   slices = slices_of(devices)
   across = _across_slices(full, len(slices))
   within = tuple(full[axis] // across[axis] for axis in MESH_AXES)
@@ -91,6 +87,29 @@ def make_mesh(
     MESH_AXES,
     axis_types=types,
   )
+
+
+def abstract_mesh(sizes: Mapping[str, Any], devices: int) -> Any:
+  """As `make_mesh`, of so many devices that need not exist."""
+  full = _fill(sizes, devices)
+  types = (AxisType.Auto,) * len(MESH_AXES)
+  return AbstractMesh(tuple(full.values()), MESH_AXES, axis_types=types)
+
+
+def _fill(sizes: Mapping[str, Any], devices: int) -> dict[str, int]:
+  """The size of every axis, -1 taking the rest of the devices."""
+  full = {axis: sizes.get(axis, 1) for axis in MESH_AXES}
+  known = math.prod(size for size in full.values() if size != -1)
+  free = [axis for axis, size in full.items() if size == -1]
+  if free and devices % known == 0:
+    full[free[0]] = devices // known
+  if math.prod(full.values()) != devices:
+    shape = " x ".join(f"{axis}={size}" for axis, size in full.items())
+    raise InputError(
+      f"mesh {shape} does not cover the {devices} devices; make the sizes "
+      "multiply to the device count, or set one of them to -1 to fill the rest"
+    )
+  return full
 
 
 def slices_of(devices: Sequence[jax.Device]) -> list[list[jax.Device]]:

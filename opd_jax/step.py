@@ -27,7 +27,7 @@ from opd_jax.models import Model
 from opd_jax.objectives.base import Needs, Request
 from opd_jax.replay import Source, State
 from opd_jax.sampling import Decoder, Given
-from opd_jax.scoring import Observed
+from opd_jax.scoring import Observed, Parameters
 from opd_jax.types import (
   STOP_LENGTH,
   Params,
@@ -82,8 +82,8 @@ class Step(Update):
     """Draws the completions of a step; the key is (seed, step).
 
     Args:
-      params: the student's.
-      frozen: the other models', by role.
+      params: what is trained of the student's.
+      frozen: the other weights, by role.
       step: updates done.
       inputs: of the step.
       replay: arrays of the replay buffer, where there is one.
@@ -134,7 +134,8 @@ class Step(Update):
 
   def _drawing(self, params: Params, frozen: Frozen) -> tuple[Decoder, Params]:
     """What tokens are drawn from, and its weights in the decode layout."""
-    weights = self.decoder.working_copy(params)
+    student = Parameters(student=params, **frozen).of("student")
+    weights = self.decoder.working_copy(student)
     if self.teacher_decoder is None:
       return self.decoder, weights
     mixed = sampling.MixedDecoder(
@@ -226,7 +227,8 @@ class Step(Update):
   ) -> tuple[TrainState, Metrics]:
     """All updates of a step; its metrics are those of `over_updates`."""
     if self.scores_start:
-      start = self.start_logprobs(state.params, batch)
+      parameters = Parameters(student=state.params, **frozen)
+      start = self.start_logprobs(parameters.of("student"), batch)
       batch = dataclasses.replace(batch, start_logprobs=start)
     parts = self.mini_batch_parts(batch)
     count = self.mini_batches * self.epochs

@@ -50,6 +50,10 @@ class Task(Protocol):
     """The state before the first step."""
     ...
 
+  def weights(self, state: TrainState) -> Params:
+    """The student's weights, with its adapters if these are what is trained."""
+    ...
+
   def compile(self, state: TrainState) -> None:
     """All that comes before the first step: frozen weights, programs."""
     ...

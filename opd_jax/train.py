@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from opd_jax import flops, loop, preflight, processes
+from opd_jax import flops, loop, preflight, processes, student
 from opd_jax import setup as setup_lib
 from opd_jax.config import FrozenModelSource, RunConfig
 from opd_jax.data.prompts import Batch, Tokens
@@ -21,7 +20,7 @@ from opd_jax.models import Model, ModelConfig, hf
 from opd_jax.programs import Programs
 from opd_jax.replay import Threshold
 from opd_jax.rewards import Rewards, completion
-from opd_jax.scoring import Scorer, Weights
+from opd_jax.scoring import Parameters, Scorer, Weights
 from opd_jax.setup import Setup
 from opd_jax.sharding import Layout
 from opd_jax.step import Step
@@ -107,14 +106,25 @@ class Distillation:
     return self._step.abstract_state()
 
   def initial_state(self) -> TrainState:
-    """The checkpoint's weights with fresh optimizer state, in their places."""
-    params = hf.load(self.config.student.path, self.student, "float32")
-    return self._step.place_state(params)
+    """The weights to start with and fresh optimizer state, in their places."""
+    config = self.config
+    return self._step.place_state(
+      student.start(config.student, self.student, config.seed)
+    )
+
+  def weights(self, state: TrainState) -> Params:
+    """The student's weights, with its adapters if these are what is trained."""
+    if self.student.lora is not None and "base" not in self._frozen:
+      self._frozen["base"] = student.load_base(
+        self.config.student, self.student
+      )
+    base = self._frozen.get("base")
+    return Parameters(student=state.params, base=base).of("student")
 
   def compile(self, state: TrainState) -> None:
     """Loads the frozen models and compiles the step."""
     self._frozen = load_frozen(self.config, self._step.scorer)
-    inputs = _abstract_inputs(self._setup, self.student.layout)
+    inputs = self._setup.abstract_inputs(self.student.layout)
     self._programs.compile(state, self._frozen, inputs)
 
   def baseline(self) -> Mapping[str, float]:
@@ -203,6 +213,7 @@ class Distillation:
       start=self._step.scores_start,
       kept=kept,
       frozen_kept=1.0 if ranked else kept,
+      adapters=self.student.lora is not None,
     )
     return Work(tokens=record["rollout/tokens"], operations=operations)
 
@@ -215,12 +226,17 @@ class Distillation:
 
 
 def load_frozen(config: RunConfig, scorer: Scorer) -> dict[str, Weights]:
-  """The weights of the frozen models by role, in their places.
+  """The weights that are not trained by role, in their places.
 
   Those of several teachers are a tuple, in the order of `Scorer.models`. Two
-  models of the same checkpoint and dtype hold the same arrays.
+  models of the same checkpoint and dtype hold the same arrays; so does "base",
+  the student's weights where adapters of them are trained.
   """
   loaded: dict[FrozenModelSource, Params] = {}
+  frozen: dict[str, Weights] = {}
+  base = student.load_base(config.student, scorer.student)
+  if base is not None:
+    frozen["base"] = loaded[config.student.as_frozen()] = base
 
   def load(source: FrozenModelSource, model: Model) -> Params:
     if source not in loaded:
@@ -230,7 +246,7 @@ def load_frozen(config: RunConfig, scorer: Scorer) -> dict[str, Weights]:
   others, _ = setup_lib.route(config)
   teachers = (config.teacher, *others.values())
   weights = tuple(map(load, teachers, scorer.models("teacher")))
-  frozen: dict[str, Weights] = {"teacher": weights if others else weights[0]}
+  frozen["teacher"] = weights if others else weights[0]
   if config.reference is not None:
     frozen["reference"] = load(config.reference, scorer.model("reference"))
   return frozen
@@ -245,6 +261,7 @@ def describe(setup: Setup, step: Step) -> Iterator[str]:
     f"parameters), teacher {config.teacher.path} "
     f"({hf.parameter_count(setup.teacher):,})"
   )
+  yield from student.describe(step.scorer.student)
   for other in setup.domain_teachers:
     yield (
       f"{other.role}: {other.source.path} ({hf.parameter_count(other.model):,})"
@@ -392,34 +409,6 @@ def place_inputs(
     if threshold is None
     else layout.place(np.asarray(threshold, np.float32), ()),
     sources=None if batch.sources is None else place(batch.sources),
-  )
-
-
-def _abstract_inputs(setup: Setup, layout: Layout) -> StepInputs:
-  rows = setup.config.batch.prompts
-
-  def struct(shape: tuple[int, ...]) -> Any:
-    axes = ("batch",) + (None,) * (len(shape) - 1)
-    return jax.ShapeDtypeStruct(
-      shape, jnp.int32, sharding=layout.sharding(axes)
-    )
-
-  def prompts(window: int | None) -> Any:
-    if window is None:
-      return None
-    return PromptBatch(tokens=struct((rows, window)), lengths=struct((rows,)))
-
-  threshold: Any = None
-  if setup.config.rollout.replay_capacity is not None:
-    threshold = jax.ShapeDtypeStruct(
-      (), jnp.float32, sharding=layout.replicated()
-    )
-  return StepInputs(
-    prompts=prompts(setup.config.data.max_prompt_tokens),
-    teacher_prompts=prompts(setup.prompts.teacher_window),
-    given=prompts(setup.prompts.given_window),
-    replay_threshold=threshold,
-    sources=struct((rows,)) if len(setup.config.data.sources) > 1 else None,
   )
 
 

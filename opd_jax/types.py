@@ -224,7 +224,7 @@ class TrainState:
 
   Attributes:
     step: steps done, each a rollout batch.
-    params: float32 master weights of the student.
+    params: float32 master weights of the student, or of its adapters alone.
     optimizer: state of the optax chain.
     objective: the objective's own arrays across steps; `{}` if it has none.
     replay: completions to be trained on again, see `replay`; `{}` if none are.

@@ -311,7 +311,7 @@ def abstract_state(
   replay: Buffer | None = None,
 ) -> TrainState:
   """`ShapeDtypeStruct`s of a state with its places; moments beside weights."""
-  params = student.abstract_params()
+  params = student.abstract_trained()
   everywhere = student.layout.replicated()
   shapes = jax.eval_shape(
     lambda params: init_state(params, optimizer, objective, replay), params

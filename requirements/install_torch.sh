@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# install_torch.sh PIP [REQUIREMENT]
-# Installs torch for the parity tests, if the index offers a CPU build of it.
-# Otherwise it says why not and succeeds: the parity tests then skip.
+# install_torch.sh PIP [TORCH [OTHER ...]]
+# Installs torch for the parity tests, if the index offers a CPU build of it,
+# then other requirements of theirs without what these depend on. Otherwise it
+# says why not and succeeds: the parity tests then skip.
 set -euo pipefail
 
 pip=$1
 requirement=${2:-}
+others=("${@:3}")
 
 skip() {
   printf '\n*** torch is NOT installed: %s.\n' "$1"
@@ -23,3 +25,7 @@ if grep -qiE '"name": "(nvidia|cuda|triton)' <<<"$plan"; then
 fi
 "$pip" install --quiet "$requirement" \
   || skip "pip could not install $requirement"
+[ "${#others[@]}" -eq 0 ] \
+  || "$pip" install --quiet --no-deps "${others[@]}" \
+  || printf '\n*** NOT installed: %s. Tests of theirs will skip.\n\n' \
+    "${others[*]}"

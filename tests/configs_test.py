@@ -6,77 +6,49 @@ device: an abstract mesh has sizes only.
 
 import ast
 import dataclasses
+import math
 import pathlib
 import re
+import runpy
 import types
 import typing
 
 import jax
 import pytest
-from jax.sharding import AbstractMesh, AxisType
 
+from opd_jax import blueprint, parsing, setup, sft
 from opd_jax import config as config_lib
-from opd_jax import objectives, parsing, setup, sft
 from opd_jax.errors import InputError
-from opd_jax.models import ModelConfig, hf
-from opd_jax.sharding import MESH_AXES
+from opd_jax.models import published
+from opd_jax.plan import topology
+from opd_jax.sharding import MESH_AXES, abstract_mesh
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
-CONFIGS = sorted(path.name for path in (REPO / "configs").glob("*.py"))
+FOLDER = REPO / "configs"
+CONFIGS = sorted(
+  path.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*.py")
+)
+# Of a config whose mesh takes all devices.
 DEVICES = 8
 
-QWEN3 = {
-  "model_type": "qwen3",
-  "attention_bias": False,
-  "head_dim": 128,
-  "hidden_act": "silu",
-  "max_position_embeddings": 40960,
-  "num_key_value_heads": 8,
-  "rms_norm_eps": 1e-6,
-  "rope_scaling": None,
-  "rope_theta": 1000000,
-  "sliding_window": None,
-  "use_sliding_window": False,
-  "vocab_size": 151936,
-}
-# The published config.json of models that are not at hand.
-PUBLISHED = {
-  "Qwen/Qwen3-1.7B": {
-    **QWEN3,
-    "hidden_size": 2048,
-    "intermediate_size": 6144,
-    "num_attention_heads": 16,
-    "num_hidden_layers": 28,
-    "tie_word_embeddings": True,
-  },
-  "Qwen/Qwen3-8B": {
-    **QWEN3,
-    "hidden_size": 4096,
-    "intermediate_size": 12288,
-    "num_attention_heads": 32,
-    "num_hidden_layers": 36,
-    "tie_word_embeddings": False,
-  },
-}
+
+def mesh_of(config):
+  """A mesh of no devices: those of its topology, or else `DEVICES`."""
+  sizes = config.mesh.sizes
+  devices = math.prod(sizes.values())
+  topology_name = getattr(config, "topology", None)
+  if topology_name is not None:
+    devices = topology.parse(topology_name).devices
+  elif devices < 0:
+    devices = DEVICES
+  return abstract_mesh(sizes, devices)
 
 
-def architecture(path):
-  if path in PUBLISHED:
-    return ModelConfig.from_hf(PUBLISHED[path])
-  return hf.read_config(path)
-
-
-def abstract_mesh(config):
-  """As `sharding.make_mesh`, of no devices; -1 fills up to `DEVICES`."""
-  sizes = config.sizes
-  fixed = 1
-  for size in sizes.values():
-    fixed *= max(size, 1)
-  shape = tuple(
-    DEVICES // fixed if sizes[axis] == -1 else sizes[axis] for axis in MESH_AXES
-  )
-  types = (AxisType.Auto,) * len(MESH_AXES)
-  return AbstractMesh(shape, MESH_AXES, axis_types=types)
+def locations(name):
+  """The experiments of a file: one, or one for each of its topologies."""
+  topologies = runpy.run_path(str(FOLDER / name)).get("TOPOLOGIES")
+  path = f"configs/{name}"
+  return [path] if topologies is None else [f"{path}:{t}" for t in topologies]
 
 
 def is_sft(name):
@@ -90,38 +62,26 @@ def is_sft(name):
 @pytest.mark.parametrize("name", [name for name in CONFIGS if is_sft(name)])
 def test_sft_config_parses_and_its_mesh_divides_its_model(name):
   config = parsing.load(config_lib.SftConfig, str(REPO / "configs" / name))
-  student = architecture(config.student.path)
+  student = published.architecture(config.student.path)
   assert config.batch.row_tokens <= student.max_positions
   # Only what `make_step` reads; the rest needs files.
   parts = types.SimpleNamespace(
     config=config, student=student, vocab_size=student.vocab_size
   )
-  sft.make_step(parts, abstract_mesh(config.mesh))
+  sft.make_step(parts, mesh_of(config))
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if not is_sft(name)])
-def test_config_parses_and_its_mesh_divides_its_models(name, shared_data):
-  path = REPO / "configs" / name
-  local = "/shared/data" in path.read_text()
-  location = f"{path}:{shared_data}" if local else str(path)
-  config = parsing.load(config_lib.RunConfig, location)
-  student = architecture(config.student.path)
-  teacher = architecture(config.teacher.path)
-  window = config.data.max_prompt_tokens + config.sampling.max_new_tokens
-  assert window <= min(student.max_positions, teacher.max_positions)
-  # Only what `make_step` reads; the rest needs files.
-  parts = types.SimpleNamespace(
-    config=config,
-    student=student,
-    teacher=teacher,
-    domain_teachers=(),
-    routes=(0,),
-    reference=None,
-    vocab_size=min(student.vocab_size, teacher.vocab_size),
-    stop_ids=(),
-    objective=objectives.create(config.objective),
-  )
-  step = setup.make_step(parts, abstract_mesh(config.mesh))
+@pytest.mark.parametrize(
+  "location",
+  [one for name in CONFIGS if not is_sft(name) for one in locations(name)],
+)
+def test_config_parses_and_its_mesh_divides_its_models(location, shared_data):
+  path = REPO / location.partition(":")[0]
+  if "/shared/data" in path.read_text():
+    location = f"{location}:{shared_data}"
+  config = parsing.load(config_lib.RunConfig, str(REPO / location))
+  parts = blueprint.of_config(config, published.architecture)
+  step = setup.make_step(parts, mesh_of(config))
   for role in ("student", "teacher"):
     model = step.scorer.model(role)
     places = [
@@ -137,6 +97,8 @@ def test_config_tells_how_to_launch_it(name):
   docstring = ast.get_docstring(ast.parse(text)) or ""
   assert f"--config=configs/{name}" in docstring
   assert "--workdir=" in docstring
+  if "/" in name:
+    assert f"opd-jax plan --config=configs/{name}" in docstring
 
 
 @pytest.mark.parametrize(

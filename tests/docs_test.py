@@ -119,7 +119,7 @@ def test_commands_and_keys_exist(path):
   text = path.read_text()
   for command in re.findall(r"opd-jax ([a-z]+) +--", text):
     assert command in cli.COMMANDS
-  for file in re.findall(r"--config=(configs/\w+\.py)", text):
+  for file in re.findall(r"--config=(configs/[\w/]+\.py)", text):
     assert (REPO / file).is_file(), file
   named = re.findall(r"--config\.([a-z_]+)(?:\.(\w+))?=", text)
   groups: dict[str, set[str]] = {}
@@ -143,7 +143,10 @@ def test_readme_names_every_module_objective_and_config():
   package = REPO / "opd_jax"
   names = {path.name for path in package.glob("*.py")} - {"__init__.py"}
   names |= {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
-  names |= {path.name for path in (REPO / "configs").glob("*.py")}
+  configs = REPO / "configs"
+  names |= {
+    path.relative_to(configs).as_posix() for path in configs.rglob("*.py")
+  }
   names |= {path.name for path in (REPO / "launch").glob("*.sh")}
   names |= set(OBJECTIVES)
   missing = {name for name in names if f"`{name}`" not in README}

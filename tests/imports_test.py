@@ -54,7 +54,7 @@ TOOLS = {
   "meter",
   "summary",
 }
-RUN = CORE | MEASURES | TOOLS | {"task", "interrupts", "loop"}
+RUN = CORE | MEASURES | TOOLS | {"student", "task", "interrupts", "loop"}
 
 # module: what of opd_jax it may import.
 ALLOWED = {
@@ -88,6 +88,7 @@ ALLOWED = {
   #
   "verifiers": {"errors"},
   "estimates": set(),
+  "student": PARTS,
   "held_out": CORE,
   "generate": PARTS,
   "evaluate": PARTS | {"verifiers", "estimates", "generate"},
@@ -106,10 +107,11 @@ ALLOWED = {
   "interrupts": {"types"},
   "loop": CORE | TOOLS | {"task", "interrupts"},
   "compatibility": PARTS | {"selector"},
-  "setup": CORE | MEASURES | {"task", "compatibility"},
+  "blueprint": CORE | {"compatibility"},
+  "setup": CORE | MEASURES | {"task", "compatibility", "blueprint", "student"},
   "memory": CORE,
   "preflight": CORE | {"setup", "memory"},
-  "plan": CORE | {"chips", "flops", "memory"},
+  "plan": CORE | {"blueprint", "setup", "memory", "chips", "flops"},
   "train": RUN | {"setup", "preflight"},
   "sft": RUN | {"setup", "preflight"},
   "saved": RUN | {"sft"},
@@ -120,6 +122,7 @@ ALLOWED = {
   | {
     "setup",
     "preflight",
+    "plan",
     "train",
     "sft",
     "run_export",

@@ -1,11 +1,15 @@
-"""The launch scripts: valid bash, and the commands that --dry-run prints."""
+"""The launch scripts: linted, and the commands that --dry-run prints."""
 
 import os
 import pathlib
+import re
 import shlex
 import subprocess
+import sys
+import tomllib
 
 import pytest
+import yaml
 
 LAUNCH = pathlib.Path(__file__).resolve().parent.parent / "launch"
 SCRIPTS = sorted(path.name for path in LAUNCH.glob("*.sh"))
@@ -20,7 +24,7 @@ def _run(script, *arguments, **environment):
     capture_output=True,
     text=True,
     timeout=60,
-    env={"PATH": os.environ["PATH"], **environment},
+    env={"PATH": os.environ["PATH"]} | environment,
   )
 
 
@@ -32,9 +36,18 @@ def _dry_run(script, *arguments, **environment):
   return [shlex.split(line) for line in result.stdout.splitlines()]
 
 
+def _linted(*command):
+  """Runs a linter of the environment; its complaints are shown."""
+  binary = pathlib.Path(sys.executable).parent / command[0]
+  result = subprocess.run(
+    [str(binary), *command[1:]], capture_output=True, text=True, timeout=60
+  )
+  assert result.returncode == 0, result.stdout + result.stderr
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_is_valid_bash_and_executable(script):
-  subprocess.run(["bash", "-n", str(LAUNCH / script)], check=True)
+def test_script_is_clean_and_executable(script):
+  _linted("shellcheck", str(LAUNCH / script))
   assert os.access(LAUNCH / script, os.X_OK)
 
 
@@ -114,3 +127,154 @@ def test_tpu_vm_bad_arguments(arguments, message):
   assert result.returncode == 2
   assert message in result.stderr
   assert "--dry-run" in result.stderr, "shows the usage"
+
+
+QUEUED = ["--name=q", "--zone=z", "--type=v6e-8", "--runtime=v2-alpha-tpuv6e"]
+
+
+def test_tpu_queued():
+  create, describe, *runs, delete = _dry_run(
+    "tpu_queued.sh", *QUEUED, "--spot", "--", *TRAIN
+  )
+  queue = ["gcloud", "compute", "tpus", "queued-resources"]
+  assert create == [
+    *(*queue, "create", "q", "--node-id=q", "--zone=z"),
+    *("--accelerator-type=v6e-8", "--runtime-version=v2-alpha-tpuv6e"),
+    "--spot",
+  ]
+  assert describe == [
+    *(*queue, "describe", "q", "--zone=z", "--format=value(state.state)")
+  ]
+  assert delete == [*queue, "delete", "q", "--zone=z", "--force", "--quiet"]
+  expected = _dry_run(
+    "tpu_vm.sh", "--tpu=q", "--zone=z", "--setup", "--", *TRAIN
+  )
+  assert runs == expected
+
+
+# Stands for gcloud: a slice is taken away twice, then the run is done.
+GCLOUD = """#!/usr/bin/env bash
+echo "$*" >> "$LOG"
+case "$*" in
+  *describe*) cat "$STATE" 2>/dev/null || { echo NOT_FOUND >&2; exit 1; } ;;
+  *" create "*) echo ACTIVE > "$STATE" ;;
+  *" delete "*) rm "$STATE" ;;
+  *"opd-jax train"*)
+    echo run >> "$RUNS"
+    [ "$(wc -l < "$RUNS")" -gt "$LOST" ] && exit 0
+    [ -n "$STAYS" ] || echo SUSPENDED > "$STATE"
+    exit 1 ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+  ("lost", "stays", "status", "runs", "told"),
+  [
+    (2, "", 0, 3, "attempt 3 of 3"),
+    (3, "", 1, 3, "gave up after 3 attempts"),
+    (1, "yes", 1, 1, "still there; not started again"),
+  ],
+)
+def test_tpu_queued_resumes_and_leaves_nothing(
+  tmp_path, lost, stays, status, runs, told
+):
+  (tmp_path / "gcloud").write_text(GCLOUD)
+  (tmp_path / "gcloud").chmod(0o755)
+  result = _run(
+    *("tpu_queued.sh", *QUEUED, "--attempts=3", "--", *TRAIN),
+    PATH=f"{tmp_path}:{os.environ['PATH']}",
+    TMPDIR=str(tmp_path),
+    POLL_SECONDS="0",
+    LOST=str(lost),
+    STAYS=stays,
+    **{name: str(tmp_path / name) for name in ("LOG", "STATE", "RUNS")},
+  )
+  assert result.returncode == status, result.stderr
+  assert told in result.stderr
+  assert len((tmp_path / "RUNS").read_text().splitlines()) == runs
+  assert not (tmp_path / "STATE").exists(), "the slice is deleted"
+  log = (tmp_path / "LOG").read_text()
+  assert log.count(" create ") == (runs if not stays else 1)
+
+
+JOBSET = [
+  *("--name=q", "--image=place/image:1", "--accelerator=tpu-v6e-slice"),
+  *("--topology=4x4", "--hosts=4", "--chips=4"),
+]
+
+
+def test_gke_jobset(tmp_path):
+  result = _run(
+    *("gke_jobset.sh", *JOBSET, "--slices=2", "--dry-run", "--", *TRAIN)
+  )
+  assert result.returncode == 0, result.stderr
+  (tmp_path / "manifest.yaml").write_text(result.stdout)
+  _linted("yamllint", "--strict", str(tmp_path / "manifest.yaml"))
+  manifest = yaml.safe_load(result.stdout)
+  assert manifest["kind"] == "JobSet"
+  assert manifest["spec"]["failurePolicy"] == {"maxRestarts": 20}
+  (job,) = manifest["spec"]["replicatedJobs"]
+  assert job["replicas"] == 2
+  spec = job["template"]["spec"]
+  assert spec["parallelism"] == spec["completions"] == 4
+  pod = spec["template"]["spec"]
+  assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "4x4"
+  (container,) = pod["containers"]
+  assert container["args"] == ["train", "--distributed", *TRAIN]
+  assert container["resources"]["limits"] == {"google.com/tpu": 4}
+
+
+def test_gke_jobset_is_deleted():
+  (command,) = _dry_run("gke_jobset.sh", "--name=q", "--delete")
+  assert command == ["kubectl", "delete", "jobset", "q", "--namespace=default"]
+
+
+def test_xpk():
+  where = ["--cluster=c", "--workload=w"]
+  (command,) = _dry_run(
+    *("xpk.sh", *where, "--image=i", "--tpu-type=v6e-16", "--", *TRAIN)
+  )
+  *words, remote = command
+  assert words == [
+    *("xpk", "workload", "create", *where, "--docker-image=i"),
+    *("--tpu-type=v6e-16", "--max-restarts=20"),
+  ]
+  assert shlex.split(remote.removeprefix("--command=")) == [
+    *("opd-jax", "train", "--distributed", *TRAIN)
+  ]
+  (command,) = _dry_run("xpk.sh", *where, "--delete")
+  assert command == ["xpk", "workload", "delete", *where]
+
+
+@pytest.mark.parametrize(
+  ("script", "arguments", "message"),
+  [
+    ("tpu_queued.sh", QUEUED[1:], "--name=NAME is missing"),
+    ("tpu_queued.sh", QUEUED[:3], "--runtime=VERSION is missing"),
+    ("tpu_queued.sh", [*QUEUED, "--attempts=x"], "--attempts=x is no number"),
+    ("tpu_queued.sh", QUEUED, "arguments of opd-jax train are missing"),
+    ("gke_jobset.sh", JOBSET[:-1], "--chips is missing"),
+    ("gke_jobset.sh", [*JOBSET, "--hosts=four"], "--hosts=four is no number"),
+    ("gke_jobset.sh", [*JOBSET, "--image=a b"], "characters that it cannot"),
+    ("gke_jobset.sh", [*JOBSET, "--", "a\nb"], "an argument has several lines"),
+    ("xpk.sh", ["--cluster=c"], "--workload is missing"),
+    ("xpk.sh", ["--cluster=c", "--workload=w"], "--image is missing"),
+  ],
+)
+def test_bad_arguments(script, arguments, message):
+  result = _run(script, *arguments)
+  assert result.returncode == 2
+  assert message in result.stderr
+  assert "--dry-run" in result.stderr, "shows the usage"
+
+
+def test_dockerfile_installs_extras_that_there_are():
+  project = tomllib.loads((LAUNCH.parent / "pyproject.toml").read_text())
+  text = (LAUNCH / "Dockerfile").read_text()
+  used = re.findall(r"--build-arg ACCELERATOR=(\w+)", text)
+  assert len(used) == 2
+  assert {*used, "gcs"} <= project["project"]["optional-dependencies"].keys()
+  copied = re.findall(r"^COPY (.*) \S+$", text, re.MULTILINE)
+  for name in " ".join(copied).split():
+    assert (LAUNCH.parent / name).exists(), name

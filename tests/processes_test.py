@@ -1,7 +1,8 @@
-"""Runs of two processes, as a SLURM cluster would start them."""
+"""Runs of several processes, as a SLURM cluster or a user would start them."""
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -20,7 +21,8 @@ from opd_jax.sharding import make_mesh
 from opd_jax.train import train
 from tests import pair
 
-STEPS = 24
+SAME = 50  # Steps that are compared with one process.
+HEARTBEAT = 10
 PORTS = range(61440, 65536)
 CONFIG = """import json
 import pathlib
@@ -42,119 +44,168 @@ def _free_port():
   raise OSError("no free port")
 
 
-def _start(folder, workdir, *overrides):
-  """Two processes of two devices each run `opd-jax train`."""
-  # JAX makes the coordinator's port of the number of the job.
-  job = _free_port() - PORTS.start
-  flags = "--xla_force_host_platform_device_count=2"
+def _start(folder, workdir, *overrides, processes=2, slurm=True):
+  """Processes that run `opd-jax train`, of four devices together."""
+  # JAX makes the coordinator's port of the number of a SLURM job.
+  port = _free_port()
+  flags = f"--xla_force_host_platform_device_count={4 // processes}"
+
+  def variables(index):
+    return {
+      "SLURM_JOB_ID": str(port - PORTS.start),
+      "SLURM_STEP_NODELIST": "localhost",
+      "SLURM_STEP_NUM_NODES": "1",
+      "SLURM_NTASKS": str(processes),
+      "SLURM_PROCID": str(index),
+      "SLURM_LOCALID": str(index),
+    }
+
+  def named(index):
+    return (
+      f"--coordinator=localhost:{port}",
+      f"--processes={processes}",
+      f"--process_id={index}",
+    )
+
   return [
     subprocess.Popen(
       [
-        *(sys.executable, "-m", "opd_jax.cli", "train", "--distributed"),
+        *(sys.executable, "-m", "opd_jax.cli", "train"),
         f"--config={folder}/config.py:{folder}",
         f"--workdir={workdir}",
+        f"--heartbeat={HEARTBEAT}",
+        *(("--distributed",) if slurm else named(index)),
         *(f"--config.{override}" for override in overrides),
       ],
       env={
         **os.environ,
         "XLA_FLAGS": f"{flags} --xla_backend_optimization_level=0",
-        "SLURM_JOB_ID": str(job),
-        "SLURM_STEP_NODELIST": "localhost",
-        "SLURM_STEP_NUM_NODES": "1",
-        "SLURM_NTASKS": "2",
-        "SLURM_PROCID": str(index),
-        "SLURM_LOCALID": str(index),
+        **(variables(index) if slurm else {}),
       },
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
       text=True,
     )
-    for index in (0, 1)
+    for index in range(processes)
   ]
 
 
-def _finish(processes):
+def _finish(processes, timeout=200):
   """Exit status, standard output and standard error of each."""
   results = []
   for process in processes:
-    out, err = process.communicate(timeout=200)
+    out, err = process.communicate(timeout=timeout)
     results.append((process.returncode, out, err))
   return results
 
 
-def _wait_for_step(workdir, processes):
-  """Until the log has a record of a step."""
+def _records(workdir, name="metrics.jsonl"):
+  lines = (workdir / name).read_text().split("\n")[:-1]
+  return [json.loads(line) for line in lines]
+
+
+def _wait_for_step(workdir, processes, step):
+  """Until the log has a record of this step, or of a later one."""
   log = workdir / "metrics.jsonl"
-  while not (log.exists() and "train/loss" in log.read_text()):
+  while not (
+    log.exists()
+    and any("train/loss" in r and r["step"] >= step for r in _records(workdir))
+  ):
     if any(process.poll() is not None for process in processes):
-      pytest.fail(f"ended before its first step: {_finish(processes)}")
+      pytest.fail(f"ended before step {step}: {_finish(processes)}")
     time.sleep(0.02)
 
 
-@pytest.mark.slow
-def test_two_processes_stop_together_resume_and_equal_one(
-  monkeypatch, tmp_path
-):
-  """On the second mesh, every process has the rows of the other."""
-  folder = pair.write_pair(tmp_path)
-  values = pair.config_of(
-    folder,
-    steps=STEPS,
-    held_out={},
-    checkpoint={"every": 100, "keep_best": False},
-    eval={
-      "source": {"path": str(folder / "held_out.jsonl"), "answer": "{text}"},
-      "samples": 2,
-      "verifier": "exact",
-    },
-  )
+def _write(folder, values):
   (folder / "config.json").write_text(json.dumps(values))
   (folder / "config.py").write_text(CONFIG)
+
+
+def _train_alone(monkeypatch, values, workdir):
+  """The run in this process, on one device."""
   with monkeypatch.context() as patch:
     patch.setattr(
       setup, "make_mesh", lambda sizes: make_mesh({}, jax.devices()[:1])
     )
-    train(parse(RunConfig, values), tmp_path / "one")
+    return train(parse(RunConfig, values), workdir)
 
-  workdir = tmp_path / "two"
-  processes = _start(folder, workdir, "mesh.fsdp=2", "mesh.tensor=2")
-  _wait_for_step(workdir, processes)
+
+def asked_on_the_first(completion, answer):
+  """No other process is to ask."""
+  if jax.process_index() > 0:
+    raise KeyError(answer)
+  return float(len(completion) % 2)
+
+
+@pytest.mark.slow
+def test_four_processes_two_and_one_make_one_run(monkeypatch, tmp_path):
+  """Four are killed, two stopped, one finishes; each on a mesh of its own.
+
+  On the mesh of the two, each has the rows of the other.
+  """
+  folder = pair.write_pair(tmp_path)
+  values = pair.config_of(
+    folder,
+    steps=10_000,
+    held_out={},
+    sampling={"max_new_tokens": 4},
+    checkpoint={"every": 25, "keep_best": False},
+    eval={
+      "source": {
+        "path": str(folder / "held_out.jsonl"),
+        "answer": "{text}",
+        "rows": 2,
+      },
+      "every": 25,
+      "verifier": f"{__name__}:asked_on_the_first",
+    },
+  )
+  values["log"]["samples"] = 8
+  _write(folder, values)
+  one, many = tmp_path / "one", tmp_path / "many"
+
+  processes = _start(
+    *(folder, many, "mesh.fsdp=2", "mesh.tensor=2"), processes=4, slurm=False
+  )
+  _wait_for_step(many, processes, SAME)
+  processes[3].kill()
+  began = time.monotonic()
+  results = _finish(processes)
+  assert time.monotonic() - began < 3 * HEARTBEAT
+  assert [status for status, *_ in results] == [1, 1, 1, -9], results
+  for _, _, err in results[:3]:
+    (line,) = [line for line in err.splitlines() if "error" in line]
+    assert "of 4 lost another one" in line
+    assert "the same command resumes" in line
+  drawn = _records(many, "samples.jsonl")
+  steps = _records(many)
+
+  processes = _start(folder, many, "mesh.fsdp=1", "mesh.tensor=4")
+  _wait_for_step(many, processes, steps[-1]["step"] + 1)
   processes[1].send_signal(signal.SIGTERM)
   results = _finish(processes)
-  assert [result[0] for result in results] == [143, 143], results
+  assert [status for status, *_ in results] == [143, 143], results
+  resumed = re.search(r"resuming after step (\d+)", results[0][2])
+  assert 0 < int(resumed[1]) <= steps[-1]["step"]
   assert "stopped after step" in results[0][2]
   assert "stopped after step" not in results[1][2]
-  summary = json.loads((workdir / "summary.json").read_text())
-  assert 1 <= summary["step"] < STEPS
 
-  results = _finish(_start(folder, workdir, "mesh.fsdp=1", "mesh.tensor=4"))
-  assert [result[0] for result in results] == [0, 0], results
-  assert f"{STEPS} steps in" in results[0][1]
-  assert "steps in" not in results[1][1]
-  assert f"resuming after step {summary['step']}" in results[0][2]
-  one, two = tmp_path / "one", workdir
-  assert (one / "samples.jsonl").read_text() == (
-    two / "samples.jsonl"
-  ).read_text()
-  weights = [
-    load_file(run / "export" / "model.safetensors") for run in (one, two)
+  last = json.loads((many / "summary.json").read_text())["step"] + 1
+  alone = _train_alone(monkeypatch, {**values, "steps": last}, many)
+  assert alone.finished
+  assert [r["step"] for r in _records(many) if "train/loss" in r] == [
+    *range(1, last + 1)
   ]
-  for name, expected in weights[0].items():
-    np.testing.assert_allclose(weights[1][name], expected, atol=1e-4)
 
-  measured = [
-    json.loads((run / "summary.json").read_text())["after"]
-    for run in (one, two)
-  ]
-  assert measured[0].keys() == measured[1].keys()
-  assert measured[1]["eval/length_mean"] > 0
-
-  # A finished run may be run again: it writes its export anew.
-  results = _finish(_start(folder, workdir, "mesh.fsdp=1", "mesh.tensor=4"))
-  assert [result[0] for result in results] == [0, 0], results
-  again = load_file(workdir / "export" / "model.safetensors")
-  for name, expected in weights[1].items():
-    np.testing.assert_array_equal(again[name], expected)
+  _train_alone(monkeypatch, {**values, "steps": SAME}, one)
+  expected = _records(one, "samples.jsonl")
+  assert len(expected) == 8 * SAME
+  assert drawn[: len(expected)] == expected
+  assert _records(many, "samples.jsonl")[: len(expected)] == expected
+  for found, record in zip(steps, _records(one), strict=False):
+    assert found["step"] == record["step"]
+    for name in ("optimizer/grad_norm", "train/loss", "eval/accuracy"):
+      assert found.get(name) == pytest.approx(record.get(name), abs=1e-6), name
 
 
 def rewarded(folder, verifier):
@@ -167,8 +218,7 @@ def rewarded(folder, verifier):
     reward={"verifier": f"tests.rewards_test:{verifier}"},
   )
   values["data"]["sources"]["texts"]["answer"] = "{text}"
-  (folder / "config.json").write_text(json.dumps(values))
-  (folder / "config.py").write_text(CONFIG)
+  _write(folder, values)
   return values
 
 
@@ -177,11 +227,7 @@ def test_two_processes_make_the_same_rewards(monkeypatch, tmp_path):
   """The second's verifier says otherwise; the run is that of one process."""
   folder = pair.write_pair(tmp_path)
   values = rewarded(folder, "begins_on_the_first")
-  with monkeypatch.context() as patch:
-    patch.setattr(
-      setup, "make_mesh", lambda sizes: make_mesh({}, jax.devices()[:1])
-    )
-    train(parse(RunConfig, values), tmp_path / "one")
+  _train_alone(monkeypatch, values, tmp_path / "one")
   results = _finish(
     _start(folder, tmp_path / "two", "mesh.fsdp=2", "mesh.tensor=2")
   )
@@ -205,11 +251,11 @@ def test_two_processes_make_the_same_rewards(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_fail_together_at_a_completion(tmp_path):
-  """Only the first verifies, and only it knows why; neither waits."""
+def test_two_processes_fail_together(tmp_path):
+  """Only the first tries the verifier; both say why, and neither waits."""
   folder = pair.write_pair(tmp_path)
   rewarded(folder, "fails_on_the_first")
   results = _finish(_start(folder, tmp_path / "two", "mesh.fsdp=4"))
   assert all(result[0] == 2 for result in results), results
   assert "raised KeyError" in results[0][2]
-  assert "failed on the first process" in results[1][2]
+  assert results[0][2] == results[1][2]

@@ -47,8 +47,7 @@ def begins_on_the_first(completion, answer):
 
 
 def fails_on_the_first(completion, answer):
-  """Only where completions are the model's: those tried first are these."""
-  if jax.process_index() == 0 and completion not in ("", answer):
+  if jax.process_index() == 0:
     raise KeyError(answer)
   return 0.0
 

@@ -189,7 +189,7 @@ def test_an_example_does_not_depend_on_its_neighbours():
 
 def test_metrics_count_what_is_in_the_rows():
   step = _step()
-  _, metrics = jax.jit(step.train)(_state(step), _packed())
+  _, metrics = jax.jit(step.train)(_state(step), {}, _packed())
   sizes = [size for row in EXAMPLES for size in row]
   tokens = sum(sum(size) for size in sizes)
   assert float(metrics["packing/tokens"]) == tokens

@@ -21,6 +21,8 @@ USAGE = """usage: opd-jax COMMAND [--flag=value ...]
             fine-tune on given completions; run again to resume
   eval      --model=DIR [--data=FILE --verifier=number --samples=8 ...]
             how often a checkpoint or a run is right, with intervals
+  plan      --config=FILE.py[:ARG] [--topology=v5p:4x4x4 ...]
+            whether a run fits devices that are not there
   preflight --config=FILE.py[:ARG] [--config.KEY=VALUE ...]
             look for what may be wrong with a run before it starts
   generate  --model=DIR --prompt=TEXT [--prompt=TEXT ...]
@@ -37,6 +39,7 @@ COMMANDS = (
   "train",
   "sft",
   "eval",
+  "plan",
   "preflight",
   "generate",
   "export",

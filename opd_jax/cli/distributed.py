@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import sys
+import time
 import traceback
 from typing import Any
 
@@ -12,10 +13,12 @@ from opd_jax.errors import InputError
 # Without a sign of life for so many seconds a process counts as lost.
 HEARTBEAT_SECONDS = 60
 
+# The first process, which serves the heartbeats, lets the others end first.
+_LAST_SECONDS = 3
+
 # How the runtime speaks of a process that is gone.
 _LOST = re.compile(
-  r"gloo|nccl|connection|heartbeat|coordination service|unavailable",
-  re.IGNORECASE,
+  "gloo|nccl|heartbeat|coordination service|unavailable:", re.IGNORECASE
 )
 
 
@@ -106,9 +109,7 @@ class Joined(contextlib.AbstractContextManager):
       return
     import jax
 
-    if isinstance(error, jax.errors.JaxRuntimeError) and _LOST.search(
-      str(error)
-    ):
+    if _LOST.search(str(error)):
       first = str(error).partition("\n")[0]
       print(
         f"opd-jax: error: process {jax.process_index()} of "
@@ -121,4 +122,7 @@ class Joined(contextlib.AbstractContextManager):
       traceback.print_exception(error)
     sys.stdout.flush()
     sys.stderr.flush()
+    if jax.process_index() == 0:
+      # The others are aborted, with a stack trace, where it goes before them.
+      time.sleep(_LAST_SECONDS)
     os._exit(1)

@@ -21,6 +21,13 @@ def run(arguments: Sequence[str]) -> int:
   flags.DEFINE_enum(
     "dtype", "float32", ["float32", "bfloat16"], "of the weights", **options
   )
+  flags.DEFINE_enum(
+    "format",
+    "merged",
+    ["merged", "adapter"],
+    "the whole model, or what a run with student.lora trained, for PEFT",
+    **options,
+  )
   if not parse(values, "export", arguments, required=("workdir", "out")):
     return 0
   check_folder("--out", values.out)
@@ -29,7 +36,11 @@ def run(arguments: Sequence[str]) -> int:
   from opd_jax import run_export
 
   step = run_export.export_run(
-    values.workdir, values.out, step=values.step, dtype=values.dtype
+    values.workdir,
+    values.out,
+    step=values.step,
+    dtype=values.dtype,
+    format=values.format,
   )
   print(f"wrote step {step} to {values.out}")
   return 0

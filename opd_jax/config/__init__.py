@@ -28,6 +28,7 @@ from opd_jax.config.selection import SelectionConfig
 from opd_jax.config.step import (
   BatchConfig,
   FrozenModelSource,
+  LoraConfig,
   MeshConfig,
   ModelSource,
   OptimizerConfig,
@@ -45,6 +46,7 @@ __all__ = [
   "FrozenModelSource",
   "HeldOutConfig",
   "LogConfig",
+  "LoraConfig",
   "MeshConfig",
   "ModelSource",
   "OptimizerConfig",

@@ -108,6 +108,8 @@ class RunConfig:
     selection: which tokens carry loss; None for all.
     optimizer: how the gradient is applied.
     mesh: how many devices each parallel axis has.
+    topology: devices that the run is meant for, such as "v5p:4x4x4", "v5e-16"
+      or "h100:8"; `plan` reads it, and nothing else does.
     held_out: the loss on held-out texts.
     eval: the accuracy of sampled answers.
     preflight: what is looked at before the run.
@@ -136,6 +138,7 @@ class RunConfig:
   selection: SelectionConfig | None = None
   optimizer: OptimizerConfig = OptimizerConfig()
   mesh: MeshConfig = MeshConfig()
+  topology: str | None = None
   held_out: HeldOutConfig = HeldOutConfig()
   eval: EvalConfig = EvalConfig()
   preflight: PreflightConfig = PreflightConfig()

@@ -47,15 +47,55 @@ class FrozenModelSource(ModelSource):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+  """Low-rank adapters (arXiv:2106.09685), without dropout.
+
+  Attributes:
+    rank: r, of each adapter.
+    alpha: what an adapter adds is multiplied by alpha / rank.
+    targets: products that get one, by the names of PEFT, such as "q_proj"; or
+      "all-linear" for all that may have one.
+  """
+
+  rank: int = 16
+  alpha: float = 32.0
+  targets: tuple[str, ...] = ("all-linear",)
+
+  def __post_init__(self):
+    require(self.rank >= 1, f"student.lora.rank must be >= 1, got {self.rank}")
+    require(
+      self.alpha > 0 and math.isfinite(self.alpha),
+      f"student.lora.alpha must be > 0, got {self.alpha}",
+    )
+    require(
+      len(self.targets) == len(set(self.targets)) > 0,
+      "student.lora.targets must be different names of products, such as "
+      f'("q_proj", "v_proj") or ("all-linear",), got {self.targets!r}',
+    )
+    require(
+      "all-linear" not in self.targets or len(self.targets) == 1,
+      'student.lora.targets: "all-linear" stands alone, got '
+      f"{self.targets!r}; leave out the others",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainedModelSource(ModelSource):
   """A Hugging Face checkpoint to start the training from.
 
   Attributes:
     remat: what the backward pass recomputes: "none" keeps every activation of
       a layer, "full" keeps a layer's input only, "dots" also keeps products.
+    lora: low-rank adapters to train in place of the weights, which stay as
+      they are, in `compute_dtype`; None to train all weights.
   """
 
   remat: Literal["none", "dots", "full"] = "none"
+  lora: LoraConfig | None = None
+
+  def as_frozen(self) -> FrozenModelSource:
+    """The same checkpoint as it is held where it is not trained."""
+    return FrozenModelSource(path=self.path, compute_dtype=self.compute_dtype)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,6 +108,14 @@ class SftStudentSource(TrainedModelSource):
   """
 
   init: Literal["checkpoint", "random"] = "checkpoint"
+
+  def __post_init__(self):
+    require(
+      self.lora is None or self.init == "checkpoint",
+      'student.init = "random", and student.lora would train adapters of '
+      "weights that are random; set student.lora to None, or "
+      'init to "checkpoint"',
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,7 +182,7 @@ class BatchConfig:
     micro_batches: the gradient of an update is accumulated over so many parts
       of its batch inside the compiled step; every normaliser stays global.
     chunk_tokens: next-token distributions that exist at the same time, per
-      shard of the batch.
+      shard of the batch and of the sequence.
   """
 
   prompts: int = 16
@@ -178,7 +226,7 @@ class PackedBatchConfig:
       see each other.
     micro_batches: the gradient is accumulated over so many parts of the batch.
     chunk_tokens: next-token distributions that exist at the same time, per
-      shard of the batch.
+      shard of the batch and of the sequence.
   """
 
   rows: int = 16

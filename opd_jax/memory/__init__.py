@@ -6,16 +6,30 @@ decides; it is estimated from the same shapes. Nothing is compiled.
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import jax
 
 from opd_jax.memory.drawing import Decoding, sampling
-from opd_jax.memory.parts import Part, Phase, frozen, itemsize, shard_bytes
+from opd_jax.memory.parts import (
+  Part,
+  Phase,
+  frozen,
+  itemsize,
+  shard_bytes,
+  size_text,
+)
 from opd_jax.memory.updating import update
 from opd_jax.step import Step
 
-__all__ = ["Decoding", "Estimate", "Part", "estimate", "shard_bytes"]
+__all__ = [
+  "Decoding",
+  "Estimate",
+  "Part",
+  "estimate",
+  "shard_bytes",
+  "size_text",
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,6 +76,7 @@ def estimate(
   teacher_window: int | None = None,
   evaluation: Decoding | None = None,
   same_weights: bool = False,
+  base_roles: Collection[str] = (),
 ) -> Estimate:
   """Counts what one device holds during a step.
 
@@ -76,6 +91,7 @@ def estimate(
     teacher_window: slots of the teacher's prompts; None for the student's.
     evaluation: of the student, between steps.
     same_weights: a teacher and the reference hold the same arrays.
+    base_roles: frozen models that hold the arrays of the adapters' base.
   """
   rows = prompts * step.rollouts
   length = step.sampling.max_new_tokens
@@ -88,7 +104,7 @@ def estimate(
     length=length,
   )
   parts = [
-    *_weights(step, same_weights),
+    *_weights(step, same_weights, base_roles),
     *sampling(step, rollout, "sampling", ""),
     *update(step, rows, window, teacher_window or window),
   ]
@@ -103,10 +119,21 @@ def device_limit() -> int | None:
   return (statistics or {}).get("bytes_limit")
 
 
-def _weights(step: Step, same_weights: bool) -> Iterable[Part]:
+def _weights(
+  step: Step, same_weights: bool, base_roles: Collection[str]
+) -> Iterable[Part]:
   state = step.abstract_state()
+  student = step.scorer.student
+  if student.lora is not None:
+    yield Part(
+      name="student weights",
+      size=shard_bytes(student.abstract_params(student.compute_dtype)),
+      phase="always",
+      exact=True,
+      formula=f"parameters x {itemsize(student)} bytes, not trained",
+    )
   yield Part(
-    name="student weights",
+    name="student weights" if student.lora is None else "adapters",
     size=shard_bytes(state.params),
     phase="always",
     exact=True,
@@ -117,7 +144,7 @@ def _weights(step: Step, same_weights: bool) -> Iterable[Part]:
     size=shard_bytes((state.optimizer, state.objective, state.step)),
     phase="always",
     exact=True,
-    formula="parameters x 2 moments x 4 bytes",
+    formula="trained parameters x 2 moments x 4 bytes",
   )
   if step.replay is not None:
     yield Part(
@@ -128,7 +155,7 @@ def _weights(step: Step, same_weights: bool) -> Iterable[Part]:
       formula="rollout.replay_capacity x (prompt and completion) x 4 bytes",
     )
   for role, model in frozen(step).items():
-    if role == "reference" and same_weights:
+    if role in base_roles or (role == "reference" and same_weights):
       continue
     yield Part(
       name=f"{role} weights",

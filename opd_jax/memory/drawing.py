@@ -54,11 +54,13 @@ def decode_copy(held: Params, decoder: Model) -> list[jax.ShapeDtypeStruct]:
     decoder: the model in the decode layout.
   """
   dtype = decoder.compute_dtype
+  merged = decoder.lora.kernels if decoder.lora else ()
 
   def copied(path: Any, old: Any, new: Any) -> Any:
     cast = new.dtype if path[-1].key == "scale" else jnp.dtype(dtype)
+    name = jax.tree_util.keystr(path, simple=True, separator=".")
     same_place = new.sharding.is_equivalent_to(old.sharding, len(new.shape))
-    if cast == old.dtype and same_place:
+    if cast == old.dtype and same_place and name not in merged:
       return None
     return jax.ShapeDtypeStruct(new.shape, cast, sharding=new.sharding)
 
@@ -86,9 +88,12 @@ def sampling(
   prefix: str,
 ) -> Iterable[Part]:
   """What is held while completions are drawn; names begin with `prefix`."""
+  student = step.scorer.student
   yield from _decoder(
     step.decoder,
-    step.scorer.student.abstract_params(),
+    student.abstract_params(
+      student.compute_dtype if student.lora else "float32"
+    ),
     sizes,
     phase,
     prefix,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from opd_jax.models import HOST_MEMORY, Model, ModelConfig
-from opd_jax.models.attention import Blocks, scored
+from opd_jax.models.places import Blocks, scored
 from opd_jax.sharding import Layout
 from opd_jax.step import Step
 
@@ -127,3 +127,11 @@ def columns(model: Model) -> int:
 def itemsize(model: Model) -> int:
   """Bytes of a number of the compute dtype."""
   return jnp.dtype(model.compute_dtype).itemsize
+
+
+def size_text(size: int) -> str:
+  """Bytes for people."""
+  for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+    if size >= unit:
+      return f"{size / unit:,.1f} {name}"
+  return f"{size} bytes"

@@ -20,6 +20,7 @@ from opd_jax.memory.parts import (
   slots_of,
 )
 from opd_jax.models import Model
+from opd_jax.scoring import Parameters
 from opd_jax.sharding import Layout, make_mesh
 from opd_jax.step import Step
 from opd_jax.types import Params, PromptBatch, ScoringBatch
@@ -36,21 +37,21 @@ def update(
   slots = window + length
   parts = step.mini_batches * step.micro_batches
   rows = share(rows // parts, student.layout)
-  gradients = shard_bytes(student.abstract_params())
+  gradients = shard_bytes(student.abstract_trained())
   if step.micro_batches > 1:
     yield Part(
       name="sum of the gradients",
       size=gradients,
       phase="update",
       exact=False,
-      formula="parameters x 4 bytes, over the micro-batches",
+      formula="trained parameters x 4 bytes, over the micro-batches",
     )
   yield Part(
     name="gradients",
     size=gradients,
     phase="backward pass",
     exact=False,
-    formula="parameters x 4 bytes",
+    formula="trained parameters x 4 bytes",
   )
   kept, layer = _activations(step, rows, window)
   yield Part(
@@ -135,15 +136,18 @@ def _heads(models: list[Model]) -> int:
   """Bytes of the heads in the loop: the student's, its gradients, the others'.
 
   The gradient is there as a sum, as that of a chunk, and where tokens are
-  spread as the sum over the devices.
+  spread as the sum over the devices; where adapters are trained, not at all.
   """
   student = models[0]
   spread = student.layout.shards("batch") * student.layout.shards("sequence")
   copies = 2 + (spread > 1)
+  if student.lora is not None:
+    copies = 0
   size = copies * columns(student) * student.config.hidden_size * 4
   for model in models:
     weights = columns(model) * model.config.hidden_size
-    master = 4 if model is student else itemsize(model)
+    trained = model is student and student.lora is None
+    master = 4 if trained else itemsize(model)
     if model.layout.shards("embed") > 1:
       size += weights * master
     if itemsize(model) != master:
@@ -180,22 +184,28 @@ def _residuals(step: Step, model: Model, rows: int, window: int) -> list[int]:
   scorer = dataclasses.replace(step.scorer, student=model)
   batch = _abstract_batch(rows, window, step.sampling.max_new_tokens)
   roles = step.objective.needs.gradient_roles()
-  trunk, _ = model.split_head(
-    jax.tree.map(
-      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
-      model.abstract_params(),
-    )
-  )
 
-  def backward(trunk: Params, batch: ScoringBatch) -> Any:
-    _, pull = jax.vjp(
-      lambda trunk: [scorer.hidden(role, trunk, batch) for role in roles],
-      trunk,
+  def unplaced(params: Params) -> Any:
+    return jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params
     )
+
+  trained, base = unplaced(model.abstract_trained()), None
+  if model.lora is None:
+    trained, _ = model.split_head(trained)
+  else:
+    base = unplaced(model.abstract_params(model.compute_dtype))
+
+  def backward(trained: Params, base: Params | None, batch: Any) -> Any:
+    def run(trained: Params) -> Any:
+      params = Parameters(student=trained, base=base).of("student")
+      return [scorer.hidden(role, params, batch) for role in roles]
+
+    _, pull = jax.vjp(run, trained)
     return pull
 
-  kept = jax.tree.leaves(jax.eval_shape(backward, trunk, batch))
-  weights = {leaf.shape for leaf in jax.tree.leaves(trunk)}
+  kept = jax.tree.leaves(jax.eval_shape(backward, trained, base, batch))
+  weights = {leaf.shape for leaf in jax.tree.leaves((trained, base))}
   return [
     math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize
     for leaf in kept

@@ -20,6 +20,7 @@ from opd_jax.models import (
   rope,
   transformer,
 )
+from opd_jax.models import lora as lora_lib
 from opd_jax.models.cache import (
   CACHE_AXES,
   KVCache,
@@ -27,6 +28,8 @@ from opd_jax.models.cache import (
   block_count,
 )
 from opd_jax.models.config import ModelConfig
+from opd_jax.models.lora import Lora
+from opd_jax.models.places import Blocks
 from opd_jax.sharding import Axes, Layout
 from opd_jax.types import MASKED_LOGPROB, Params
 
@@ -72,6 +75,8 @@ class Model:
       a model that is not trained; None for floats.
     offload: the layers lie in the hosts' memory, of a model that is not
       trained; inside a loop over them each is brought to the device.
+    lora: the adapters that weights may have; those without are the base, or
+      merged. None if there are never any.
   """
 
   config: ModelConfig
@@ -80,13 +85,14 @@ class Model:
   remat: str = "none"
   weight_dtype: str | None = None
   offload: bool = False
+  lora: Lora | None = None
 
   def logical_axes(self) -> Params:
-    """A tuple of logical axis names per weight."""
-    return transformer.axes(self.config, self._int8)
+    """A tuple of logical axis names per weight, without adapters."""
+    return transformer.axes(self.config, int8=self._int8)
 
   def abstract_params(self, dtype: str = "float32") -> Params:
-    """A `ShapeDtypeStruct` with its sharding per weight.
+    """A `ShapeDtypeStruct` with its sharding per weight, without adapters.
 
     Args:
       dtype: of all weights but int8 kernels and their scales.
@@ -95,21 +101,33 @@ class Model:
       InputError: the mesh does not divide a dimension, or its devices cannot
         read what is offloaded.
     """
-    shapes = transformer.shapes(self.config, self._int8)
-    shardings = self.layout.tree_shardings(self.logical_axes(), shapes)
+    shapes = transformer.shapes(self.config, int8=self._int8)
+    return self._abstract(shapes, self.logical_axes(), dtype)
+
+  def abstract_trained(self) -> Params:
+    """The same of what is trained: float32 weights, or adapters alone."""
+    if self.lora is None:
+      return self.abstract_params()
+    shapes, axes = (
+      lora_lib.only(describe(self.config, self.lora))
+      for describe in (transformer.shapes, transformer.axes)
+    )
+    return self._abstract(shapes, axes, "float32")
+
+  def _abstract(self, shapes: Params, axes: Params, dtype: str) -> Params:
+    places = self.layout.tree_shardings(axes, shapes)
     if self.offload:
-      shardings[transformer.STACKED] = jax.tree.map(
-        _on_host,
-        shardings[transformer.STACKED],
+      places[transformer.STACKED] = jax.tree.map(
+        _on_host, places[transformer.STACKED]
       )
     return jax.tree.map_with_path(
-      lambda path, leaf, sharding: jax.ShapeDtypeStruct(
+      lambda path, leaf, place: jax.ShapeDtypeStruct(
         leaf.shape,
         leaf.dtype if quantize.decides_dtype(path, leaf) else dtype,
-        sharding=sharding,
+        sharding=place,
       ),
       shapes,
-      shardings,
+      places,
     )
 
   def init(self, key: PRNGKeyArray, dtype: str = "float32") -> Params:
@@ -125,13 +143,23 @@ class Model:
 
     return jax.jit(make, out_shardings=shardings)(key)
 
+  def init_adapters(self, key: PRNGKeyArray) -> Params:
+    """Adapters that add nothing yet; see `lora`."""
+    abstract = self.abstract_trained()
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    start = functools.partial(lora_lib.init, abstract)
+    return jax.jit(start, out_shardings=shardings)(key)
+
   def working_copy(self, params: Params) -> Params:
     """Weights in the compute dtype and in this layout; for use inside jit.
 
     Scales of norms keep their dtype: they are applied in float32, and rounding
     them would only add to the mismatch between decoding and scoring. So do int8
-    kernels and their scales.
+    kernels and their scales. Adapters are merged.
     """
+    lora = self._lora_of(params)
+    if lora is not None:
+      params = lora_lib.merge(params, lora, self.compute_dtype)
 
     def cast(path: Any, leaf: Array) -> Array:
       return leaf if _keeps(path, leaf) else leaf.astype(self.compute_dtype)
@@ -142,6 +170,8 @@ class Model:
 
   def is_working_copy(self, params: Params) -> bool:
     """Whether `working_copy` would change neither dtype nor place."""
+    if self._lora_of(params) is not None:
+      return False
     places = self.layout.tree_shardings(self.logical_axes(), params)
     found = jax.tree_util.tree_map_with_path(
       lambda path, leaf, place: (
@@ -348,7 +378,7 @@ class Model:
     keep_cache: bool = False,
   ) -> tuple[Float[Array, "B S D"], Any]:
     """Hidden states before the final norm, and all layers' keys and values."""
-    blocks = attention.Blocks.of(tokens.shape[1], self.layout)
+    blocks = Blocks.of(tokens.shape[1], self.layout)
     if blocks is None:
       same = None
       if segments is not None:
@@ -433,8 +463,8 @@ class Model:
       if keys is not None:
         window = config.window if local else None
         visible = layers.visible(queries, keys, window)
-      if same is not None:
-        visible &= same
+        if same is not None:
+          visible &= same
       turns = config.local_rope if local else None
       turn = rope.angles(turns or config.rope, config.head_size, queries)
       return _View(visible, *turn)
@@ -469,11 +499,16 @@ class Model:
     weights = params[name]
     if self.offload and name == transformer.STACKED:
       weights = jax.device_put(weights, jax.memory.Space.Device)
-    return transformer.part(self.config, {name: weights}, name, self._int8)
+    lora = self._lora_of(weights)
+    return transformer.part(self.config, weights, name, lora, self._int8)
 
   @property
   def _int8(self) -> bool:
     return self.weight_dtype == "int8"
+
+  def _lora_of(self, params: Params) -> Lora | None:
+    """The adapters that these weights have."""
+    return self.lora if self.lora and lora_lib.only(params) else None
 
   def _rows(self, x: jax.Array, last: str | None = None) -> jax.Array:
     """Places an array by its rows, and by its last dimension's name."""

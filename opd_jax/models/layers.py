@@ -91,6 +91,8 @@ class RMSNorm(nnx.Module):
 class Linear(nnx.Module):
   """Contracts the last dimensions of x with the first of a kernel.
 
+  `lora.attach` may add an adapter, whose output is added to the product.
+
   Args:
     inputs: sizes of the contracted dimensions.
     outputs: sizes of the dimensions in their place.
@@ -118,6 +120,7 @@ class Linear(nnx.Module):
     contracted, free = dims[: len(inputs)], dims[len(inputs) :]
     self.equation = f"n{contracted},{dims}->n{free}"
     self.inputs = len(inputs)
+    self.adapter: Callable[[jax.Array], jax.Array] | None = nnx.data(None)
 
   def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
     """The product, in the dtype of x."""
@@ -127,6 +130,8 @@ class Linear(nnx.Module):
     y = product(self.equation, flat, self.kernel[...].astype(x.dtype))
     if self.kernel_scale is not None:
       y = quantize.rescale(y, self.kernel_scale[...])
+    if self.adapter is not None:
+      y = y + self.adapter(flat)
     y = y.reshape(*lead, *y.shape[1:])
     if self.bias is None:
       return y

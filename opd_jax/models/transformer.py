@@ -13,20 +13,26 @@ import jax
 from flax import nnx
 
 from opd_jax.models import block, experts, layers, quantize
+from opd_jax.models import lora as lora_lib
 from opd_jax.models.config import ModelConfig
+from opd_jax.models.lora import Lora
 from opd_jax.types import Params
 
 STACKED = "layers"
 
 
 def _builders(
-  config: ModelConfig,
+  config: ModelConfig, lora: Lora | None = None
 ) -> Mapping[str, Callable[[nnx.Rngs], nnx.Module]]:
   builders: dict[str, Callable[[nnx.Rngs], nnx.Module]] = {
     "embed": lambda rngs: layers.Embedding(config, rngs),
     STACKED: lambda rngs: block.Block(config, rngs),
     "final_norm": lambda rngs: layers.RMSNorm(config, config.hidden_size),
   }
+  if lora is not None:
+    builders[STACKED] = lambda rngs: lora_lib.attach(
+      block.Block(config, rngs), lora
+    )
   if not config.tie_embeddings:
     builders["lm_head"] = lambda rngs: layers.Embedding(config, rngs)
   return builders
@@ -42,7 +48,9 @@ def _hold_int8(module: nnx.Module) -> None:
 
 
 @functools.cache
-def _abstract(config: ModelConfig, int8: bool) -> dict[str, tuple[Any, Any]]:
+def _abstract(
+  config: ModelConfig, lora: Lora | None, int8: bool
+) -> dict[str, tuple[Any, Any]]:
   """Structure and abstract weights of each part."""
 
   def make(build: Callable[[nnx.Rngs], nnx.Module]) -> nnx.Module:
@@ -53,20 +61,37 @@ def _abstract(config: ModelConfig, int8: bool) -> dict[str, tuple[Any, Any]]:
 
   return {
     name: nnx.split(nnx.eval_shape(functools.partial(make, build)))
-    for name, build in _builders(config).items()
+    for name, build in _builders(config, lora).items()
   }
 
 
 def part(
-  config: ModelConfig, params: Params, name: str, int8: bool = False
+  config: ModelConfig,
+  weights: Params,
+  name: str,
+  lora: Lora | None = None,
+  int8: bool = False,
 ) -> Any:
-  """The module of one part with its weights (one layer's for "layers")."""
-  structure, _ = _abstract(config, int8)[name]
-  return nnx.merge(structure, params[name])
+  """The module of one part with its weights (one layer's for "layers").
+
+  Args:
+    config: of the model.
+    weights: of the part; with adapters, if `lora` is given.
+    name: of the part.
+    lora: which adapters these are.
+    int8: whether kernels are held as `quantize` does.
+  """
+  structure, _ = _abstract(config, lora, int8)[name]
+  return nnx.merge(structure, weights)
 
 
-def shapes(config: ModelConfig, int8: bool = False) -> Params:
-  """A `ShapeDtypeStruct` per weight, float32 but for int8 kernels."""
+def shapes(
+  config: ModelConfig, lora: Lora | None = None, int8: bool = False
+) -> Params:
+  """A `ShapeDtypeStruct` per weight, float32 but for int8 kernels.
+
+  Those of the adapters of `lora` are included.
+  """
   return {
     name: jax.tree.map(
       lambda leaf, name=name: jax.ShapeDtypeStruct(
@@ -75,12 +100,14 @@ def shapes(config: ModelConfig, int8: bool = False) -> Params:
       ),
       nnx.to_pure_dict(state),
     )
-    for name, (_, state) in _abstract(config, int8).items()
+    for name, (_, state) in _abstract(config, lora, int8).items()
   }
 
 
-def axes(config: ModelConfig, int8: bool = False) -> Params:
-  """A tuple of logical axis names per weight."""
+def axes(
+  config: ModelConfig, lora: Lora | None = None, int8: bool = False
+) -> Params:
+  """A tuple of logical axis names per weight, as `shapes`."""
   return {
     name: nnx.to_pure_dict(
       jax.tree.map(
@@ -93,7 +120,7 @@ def axes(config: ModelConfig, int8: bool = False) -> Params:
         is_leaf=lambda node: isinstance(node, nnx.Variable),
       )
     )
-    for name, (_, state) in _abstract(config, int8).items()
+    for name, (_, state) in _abstract(config, lora, int8).items()
   }
 
 

@@ -56,13 +56,11 @@ _SCOPE = re.compile(r"(?:[^/\"(]|\((?:[^()]|\([^()]*\))*\))+")
 _NO_SCOPE = re.compile(r"(jit\(|pjit\(|(closed_call|while|body|cond)$)")
 
 
-def analyse(text: str, turns: Mapping[str, int] | None = None) -> Loop:
+def analyse(text: str) -> Loop:
   """The program as a tree of loops.
 
   Args:
-    text: of the optimised module: `compiled.as_text()`.
-    turns: of the outermost loop inside a scope, by scope, in place of those
-      that its condition allows.
+    text: of the optimised module: `compiled.as_text()`, or a dump.
 
   Raises:
     ValueError: the text is no optimised HLO module.
@@ -72,27 +70,15 @@ def analyse(text: str, turns: Mapping[str, int] | None = None) -> Loop:
     index: _Array(name=parameter.name, fixed=True)
     for index, parameter in module.entry.parameters.items()
   }
-  program = _Body(module, module.entry, arguments).loop(
+  return _Body(module, module.entry, arguments).loop(
     scope="", name="", turns=1, carried=frozenset(_names(arguments.values()))
   )
-  for scope, count in (turns or {}).items():
-    found = program.find(scope)
-    if found is not None:
-      program = _with_turns(program, found, count)
-  return program
 
 
 def scope_of(op_name: str) -> str:
   """The scopes of a JAX name, without what its loops and calls add."""
   names = _SCOPE.findall(op_name)
   return "/".join(name for name in names if not _NO_SCOPE.match(name))
-
-
-def _with_turns(loop: Loop, found: Loop, count: int) -> Loop:
-  if loop is found:
-    return dataclasses.replace(loop, turns=count)
-  loops = tuple(_with_turns(inner, found, count) for inner in loop.loops)
-  return dataclasses.replace(loop, loops=loops)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

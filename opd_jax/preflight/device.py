@@ -1,7 +1,7 @@
 """Memory of each device, before anything is placed on it."""
 
 from opd_jax import memory
-from opd_jax.memory import Decoding, Estimate
+from opd_jax.memory import Decoding, Estimate, size_text
 from opd_jax.preflight.report import Finding, Section, table
 from opd_jax.setup import Setup
 from opd_jax.step import Step
@@ -9,17 +9,32 @@ from opd_jax.step import Step
 
 def inspect(setup: Setup, step: Step) -> Section:
   """Estimates the memory of a step and compares it with a device's."""
+  config = setup.config
+  sources = {
+    "teacher": config.teacher,
+    **{
+      f"teacher {number}": other.source
+      for number, other in enumerate(setup.domain_teachers, start=2)
+    },
+    "reference": config.reference,
+  }
+  base = config.student.as_frozen() if config.student.lora else None
   found = memory.estimate(
     step,
     setup.config.batch.prompts,
     setup.config.data.max_prompt_tokens,
     setup.prompts.teacher_window,
     _evaluation(setup, step),
-    same_weights=setup.config.reference
+    same_weights=config.reference
     in (
-      setup.config.teacher,
+      config.teacher,
       *(other.source for other in setup.domain_teachers),
     ),
+    base_roles=[
+      role
+      for role, source in sources.items()
+      if base is not None and source == base
+    ],
   )
   rows = [
     (
@@ -108,11 +123,3 @@ def _evaluation(setup: Setup, step: Step) -> Decoding | None:
     window=max(len(prompt.ids) for prompt in asked.prompts),
     length=asked.sampling.max_new_tokens,
   )
-
-
-def size_text(size: int) -> str:
-  """Bytes for people."""
-  for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-    if size >= unit:
-      return f"{size / unit:,.1f} {name}"
-  return f"{size} bytes"

@@ -194,11 +194,17 @@ def test_rematerialisation_changes_no_gradient(name):
     _assert_trees_close(got, want, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", EIGHT_OF)
-def test_eight_devices_equal_one(name):
+@pytest.mark.parametrize(
+  ("name", "sizes"),
+  [
+    *EIGHT_OF.items(),
+    ("qwen3_moe", {"tensor": 2, "context": 2, "expert": 2}),
+  ],
+)
+def test_eight_devices_equal_one(name, sizes):
   params = tiny.params(name)
   want = _gradient(tiny.model(name), params)
-  spread = Model(tiny.CONFIGS[name], tiny.layout(EIGHT_OF[name]))
+  spread = Model(tiny.CONFIGS[name], tiny.layout(sizes))
   shardings = jax.tree.map(lambda leaf: leaf.sharding, spread.abstract_params())
   placed = jax.device_put(params, shardings)
   got = _gradient(spread, placed)

@@ -1,0 +1,233 @@
+"""`opd-jax plan`: counted, compiled by the TPU compiler, and mended."""
+
+import importlib.util
+import json
+import os
+
+import pytest
+
+from opd_jax import cli, memory
+from opd_jax.plan import compiling, topology
+
+LIBTPU = importlib.util.find_spec("libtpu") is not None
+
+TINY = {
+  "model_type": "qwen3",
+  "vocab_size": 512,
+  "hidden_size": 256,
+  "intermediate_size": 512,
+  "num_hidden_layers": 2,
+  "num_attention_heads": 4,
+  "num_key_value_heads": 2,
+  "head_dim": 128,
+  "max_position_embeddings": 40960,
+  "tie_word_embeddings": True,
+}
+CONFIG_FILE = """\
+import pathlib
+
+HERE = pathlib.Path(__file__).parent
+
+
+def get_config():
+  return {
+    "student": {"path": str(HERE / "tiny"), "compute_dtype": "bfloat16"},
+    "teacher": {"path": str(HERE / "tiny"), "compute_dtype": "bfloat16"},
+    "data": {
+      "sources": {"mine": {"path": "not/there.jsonl"}},
+      "max_prompt_tokens": 64,
+    },
+    "sampling": {"max_new_tokens": 64},
+    "batch": {"prompts": 64},
+    "objective": {"name": "opd_k1"},
+    "topology": "v5e:2x2",
+    "mesh": {"fsdp": 2, "tensor": 2},
+    "steps": 10,
+  }
+"""
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+  """A config, and of its model the config.json alone."""
+  folder = tmp_path_factory.mktemp("plan")
+  (folder / "tiny").mkdir()
+  (folder / "tiny" / "config.json").write_text(json.dumps(TINY))
+  (folder / "run.py").write_text(CONFIG_FILE)
+  return folder
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+  """The command sets variables for this process alone."""
+  for name in ("JAX_PLATFORMS", "JAX_ENABLE_COMPILATION_CACHE"):
+    monkeypatch.setenv(name, os.environ.get(name, ""))
+
+
+def plan(run, *arguments):
+  return cli.main(["plan", f"--config={run / 'run.py'}", *arguments])
+
+
+def test_counts_without_a_compiler_or_files(run, capfd, monkeypatch):
+  monkeypatch.setattr(compiling, "compile_step", None)
+  file = run / "counted.json"
+  assert plan(run, "--analytic", f"--json={file}") == 0
+  told = capfd.readouterr().out
+  assert "v5e:2x2: 4 chips" in told
+  assert "fits by this count" in told
+  figures = json.loads(file.read_text())
+  parts = figures["estimate"]["parts"]
+  # float32 weights over 4 devices; two moments as well.
+  weights = 4 * parameters() // 4
+  assert parts["student weights"]["bytes"] == pytest.approx(weights, rel=0.01)
+  assert figures["memory_bytes"] == topology.parse("v5e-4").device.memory
+  speed = figures["speed"]
+  assert not speed["compiled"]
+  assert sum(p["share"] for p in speed["phases"].values()) == pytest.approx(1)
+
+
+def parameters():
+  heads = (4 + 2 * 2 + 4) * 128 * 256
+  return 2 * (heads + 3 * 256 * 512) + 512 * 256
+
+
+def test_gpus_are_counted(run, capfd):
+  assert plan(run, "--topology=h100:1x4") == 0
+  told = capfd.readouterr().out
+  assert "GPUs are never compiled for here" in told
+  # The names of files and models come first.
+  assert all(len(line) <= 80 for line in told.splitlines()[2:])
+
+
+@pytest.mark.parametrize(
+  ("arguments", "words"),
+  [
+    (["--topology=v9:2x2"], ["no topology 'v9:2x2'", "v5e: 1x1"]),
+    (["--topology=v5e-16"], ["does not cover the 16 devices", "set one"]),
+    (["--config.mesh.tensor=3"], ["does not cover the 4 devices"]),
+    (["--config.batch.prompts=3"], ["prompts = 3 is not divisible"]),
+    (["--config.topology=None"], ["names no topology", "--topology"]),
+    (["--config.student.path=acme/x"], ["hf download acme/x config.json"]),
+    (["--config.sampling.max_new_tokens=50000"], ["window of 40960"]),
+    (["--config.teacher=None"], ["teacher"]),
+  ],
+)
+def test_mistakes_are_one_line(run, arguments, words, capfd):
+  assert plan(run, "--analytic", *arguments) == 2
+  (line,) = capfd.readouterr().err.splitlines()
+  assert all(word in line for word in words), line
+
+
+GIB = 2**30
+SHORT = """\
+RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the \
+total memory required for HLO temporaries (24.71G) exceeds available HBM \
+(15.75G). HLO module: jit_train.
+See the documentation of the error for more details."""
+LONG = """\
+RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in \
+memory space hbm. Used 63.80G of 30.75G hbm. Exceeded hbm capacity by 33.05G.
+
+Total hbm usage >= 65.05G:
+    reserved          1.25G
+    program          63.80G
+    arguments            0B
+
+  Largest program allocations in hbm:
+
+  1. Size: 2.00G
+     Operator: op_name="jit(train)/gradient/dot_general" source_line=1059
+     Shape: f32[32,4096,4096]{1,2,0:T(8,128)}
+     Unpadded size: 2.00G
+     Allocation type: HLO temp
+     ==========================
+
+  2. Size: 512.00M
+     Shape: bf16[32,4096,2048]{2,1,0:T(8,128)}
+     Allocation type: HLO temp
+     ==========================
+"""
+
+
+def test_what_the_compiler_says_of_too_large_a_program():
+  found = compiling.read_overflow("train", SHORT)
+  assert found.used == pytest.approx(24.71 * GIB)
+  assert found.available == 15.75 * GIB
+  assert not found.largest
+  found = compiling.read_overflow("train", LONG)
+  assert found.used == pytest.approx(63.80 * GIB)
+  assert found.available == 30.75 * GIB
+  (first, what), (second, other) = found.largest
+  assert (first, second) == (2 * GIB, GIB // 2)
+  assert "f32[32,4096,4096]" in what
+  assert "jit(train)/gradient/dot_general" in what
+  assert "bf16[32,4096,2048]" in other
+  assert "dot_general" not in other
+
+
+BUFFERS = """\
+BufferAssignment:
+allocation 0: size 1048576, page 0, output shape is |f32[256,1024]|:
+ value: <28 fusion @0> (size=1048576,offset=0): f32[256,1024]{1,0:T(8,128)}
+allocation 2: size 115200, page 0, preallocated-temp:
+ value: <15 fusion.7 @0> (size=4096,offset=0): f32[8,128]{1,0:T(8,128)}
+ value: <16 copy.1 @0> (size=4096,offset=0): f32[8,128]{1,0:T(8,128)}
+ value: <18 slice-start.1{0} @0> (size=512,offset=8192): (f32[256,1024]{1,0})
+allocation 3: size 3670016, color 1, page 0, preallocated-temp:
+ value: <8 slice.1 @1> (size=262144,offset=2097152): f32[64,1024]{1,0}
+"""
+TEXT = """\
+  %fusion.7 = f32[8,128]{1,0} fusion(%p), metadata={op_name="jit(train)/mul"}
+"""
+
+
+def test_temporaries_are_named():
+  """Once per place, without arguments and on-chip memory."""
+  (first, what), (second, _) = compiling.largest(BUFFERS, TEXT)
+  assert (first, second) == (4096, 512)
+  assert what == "f32[8,128] jit(train)/mul"
+
+
+@pytest.mark.skipif(not LIBTPU, reason="libtpu is not installed")
+def test_compiled_for_a_slice(run, capfd):
+  """The account of the compiler itself, and its program's loops."""
+  file = run / "compiled.json"
+  assert plan(run, f"--json={file}") == 0
+  out, err = capfd.readouterr()
+  assert err == "compiling the step for v5e:2x2\n"
+  assert "no weights are gathered in the decode loop" in out
+  figures = json.loads(file.read_text())
+  assert figures["fits"]
+  assert 0 < figures["used"] < 0.5
+  program = figures["programs"]["train"]
+  resident = figures["estimate"]["resident_bytes"]
+  # Beside weights and moments there are ids, and the padding of tiles.
+  assert resident <= program["argument_bytes"] < 1.2 * resident
+  speed = figures["speed"]
+  assert speed["compiled"]
+  assert speed["decode"]["weight_gathers"] == []
+  kinds = {one["kind"] for one in speed["collectives"]}
+  assert kinds & {"all-gather", "all-reduce", "reduce-scatter"}
+
+
+@pytest.mark.skipif(not LIBTPU, reason="libtpu is not installed")
+def test_what_does_not_fit_is_mended_and_compiled_again(run, capfd):
+  file = run / "mended.json"
+  assert plan(run, *TOO_LARGE, f"--json={file}") == 1
+  out, _ = capfd.readouterr()
+  assert "does NOT fit: program train needs" in out
+  assert "of 15.8 GiB, says the compiler" in out
+  figures = json.loads(file.read_text())
+  assert figures["overflow"]["used"] > figures["memory_bytes"]
+  assert not figures["fits"]
+
+
+# One row of a micro-batch has 4 heads x 16384^2 scores to keep.
+TOO_LARGE = (
+  "--config.sampling.max_new_tokens=16384",
+  "--config.batch.prompts=512",
+)
+
+
+def test_size_text():
+  assert memory.size_text(3 * GIB // 2) == "1.5 GiB"
