@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +21,7 @@ from opd_jax.models import (
   transformer,
 )
 from opd_jax.models import lora as lora_lib
-from opd_jax.models.cache import (
-  CACHE_AXES,
-  KVCache,
-  attend_in_blocks,
-  block_count,
-)
+from opd_jax.models.cache import CACHE_AXES, KVCache, attend
 from opd_jax.models.config import ModelConfig
 from opd_jax.models.lora import Lora
 from opd_jax.models.places import Blocks
@@ -311,7 +306,6 @@ class Model:
     view_of = self._views(positions[:, None], seen)
     x = self._embed(params, tokens[:, None])
 
-    blocks = block_count(cache, self.layout)
     # Not cut into layers by the scan: that would copy the experts of a layer,
     # also those that no token chose.
     by_layer, kernels = experts.apart(params[transformer.STACKED])
@@ -334,26 +328,16 @@ class Model:
         )
         for old, new in ((keys, key), (values, value))
       )
-      if blocks == 1:
-        here = functools.partial(
-          jax.lax.dynamic_index_in_dim, index=layer, keepdims=False
-        )
-        mixed = block.attention.mix(
-          query, here(keys), here(values), view.visible
-        )
-      else:
-        mixed = attend_in_blocks(
-          query,
-          keys,
-          values,
-          view.visible,
-          layer=layer,
-          slot=slot,
-          count=blocks,
-          shards=self.layout.shards("sequence"),
-          scalar=block.attention.scalar,
-          cap=block.attention.cap,
-        )
+      mixed = attend(
+        query,
+        KVCache(keys=keys, values=values, positions=seen),
+        cast(Array, view.visible),
+        layer=layer,
+        slot=slot,
+        layout=self.layout,
+        scalar=block.attention.scalar,
+        cap=block.attention.cap,
+      )
       x = block.finish(x, mixed, self.layout, layer if kernels else None)
       return (self._rows(x), keys, values), None
 

@@ -9,6 +9,7 @@ read at all.
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -52,9 +53,52 @@ class KVCache:
     )
 
 
-def block_count(cache: KVCache, layout: Layout) -> int:
+def attend(
+  query: Float[Array, "B 1 N H"],
+  cache: KVCache,
+  visible: Bool[Array, "B 1 S"],
+  *,
+  layer: Int[Array, ""],
+  slot: Int[Array, ""] | int,
+  layout: Layout,
+  scalar: float | None = None,
+  cap: float | None = None,
+) -> Float[Array, "B 1 N H"]:
+  """`layers.attend` to one layer of a cache, in blocks if it is large.
+
+  Args:
+    query: rotated.
+    cache: with the keys and values of the query's own token.
+    visible: the slots that each row sees.
+    layer: the one to attend to.
+    slot: the last one that is written.
+    layout: of the cache.
+    scalar: see `layers.attend`.
+    cap: see `layers.attend`.
+  """
+  count = block_count(cache.keys, layout)
+  if count == 1:
+    here = functools.partial(
+      jax.lax.dynamic_index_in_dim, index=layer, keepdims=False
+    )
+    keys, values = here(cache.keys), here(cache.values)
+    return layers.attend(query, keys, values, visible, scalar, cap)
+  return attend_in_blocks(
+    query,
+    cache.keys,
+    cache.values,
+    visible,
+    layer=layer,
+    slot=slot,
+    count=count,
+    shards=layout.shards("sequence"),
+    scalar=scalar,
+    cap=cap,
+  )
+
+
+def block_count(keys: Float[Array, "L B M S H"], layout: Layout) -> int:
   """Blocks that the slots of a device are cut into."""
-  keys = cache.keys
   place = layout.sharding(layout.fitting(CACHE_AXES, keys.shape), keys.shape)
   layer = math.prod(place.shard_shape(keys.shape)[1:]) * keys.dtype.itemsize
   return -(-layer // BLOCK_BYTES)
