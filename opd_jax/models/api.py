@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +12,16 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from opd_jax.errors import InputError
-from opd_jax.models import attention, layers, quantize, rope, transformer
+from opd_jax.models import (
+  attention,
+  experts,
+  layers,
+  quantize,
+  rope,
+  transformer,
+)
 from opd_jax.models import lora as lora_lib
-from opd_jax.models.cache import CACHE_AXES, KVCache
+from opd_jax.models.cache import CACHE_AXES, KVCache, attend
 from opd_jax.models.config import ModelConfig
 from opd_jax.models.lora import Lora
 from opd_jax.models.places import Blocks
@@ -295,9 +302,14 @@ class Model:
     view_of = self._views(positions[:, None], seen)
     x = self._embed(params, tokens[:, None])
 
+    # Not cut into layers by the scan: that would copy the experts of a layer,
+    # also those that no token chose.
+    by_layer, kernels = experts.apart(params[transformer.STACKED])
+
     def step(carry, scanned):
       x, keys, values = carry
       weights, layer, local = scanned
+      weights = experts.together(weights, kernels)
       block = self._part({transformer.STACKED: weights}, transformer.STACKED)
       view = view_of(local)
       query, (key, value) = block.attention.project(
@@ -312,18 +324,21 @@ class Model:
         )
         for old, new in ((keys, key), (values, value))
       )
-      here = functools.partial(
-        jax.lax.dynamic_index_in_dim, index=layer, keepdims=False
+      mixed = attend(
+        query,
+        KVCache(keys=keys, values=values, positions=seen),
+        cast(Array, view.visible),
+        layer=layer,
+        slot=slot,
+        layout=self.layout,
+        scalar=block.attention.scalar,
+        cap=block.attention.cap,
       )
-      mixed = block.attention.mix(query, here(keys), here(values), view.visible)
-      return (
-        self._rows(block.finish(x, mixed, self.layout)),
-        keys,
-        values,
-      ), None
+      x = block.finish(x, mixed, self.layout, layer if kernels else None)
+      return (self._rows(x), keys, values), None
 
     scanned = (
-      params[transformer.STACKED],
+      by_layer,
       jnp.arange(self.config.num_layers),
       jnp.asarray(self.config.is_local),
     )
