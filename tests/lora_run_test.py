@@ -199,6 +199,8 @@ def test_adapters_that_cannot_be_read(tmp_path):
       r"use_dora = True is not supported.*merge the adapter",
     ),
     ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
+    ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa'"),
+    ({"use_more": 3}, "use_more = 3 is not supported, only None"),
     ({"target_modules": ["lm_head"]}, "'lm_head' is none of the products"),
     ({"r": None}, "must have a number r"),
   ):
