@@ -147,14 +147,18 @@ def test_the_base_is_the_teacher_and_the_reference(folder):
   config = config_of(
     folder, teacher=source, reference=source, objective={"name": "exopd"}
   )
-  scorer = setup_lib.make_step(setup_lib.prepare(config)).scorer
+  setup = setup_lib.prepare(config)
+  assert setup.shared == ("teacher", "reference")
+  scorer = setup_lib.make_step(setup).scorer
   frozen = train_lib.load_frozen(config, scorer)
   for role in ("teacher", "reference"):
     same = jax.tree.map(lambda a, b: a is b, frozen["base"], frozen[role])
     assert all(jax.tree.leaves(same))
   half = {**source, "compute_dtype": "bfloat16"}
   config = config_of(folder, teacher=half)
-  scorer = setup_lib.make_step(setup_lib.prepare(config)).scorer
+  setup = setup_lib.prepare(config)
+  assert not setup.shared
+  scorer = setup_lib.make_step(setup).scorer
   frozen = train_lib.load_frozen(config, scorer)
   table = frozen["teacher"]["embed"]["embedding"]
   assert table.dtype == "bfloat16"

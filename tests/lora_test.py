@@ -279,7 +279,7 @@ def test_memory_counts_the_base_and_the_adapters():
   assert parts["adapters"].size == first(state.params)
   assert parts["optimizer state"].size == first((state.optimizer, state.step))
   assert parts["gradients"].size == first(state.params)
-  shared = memory.estimate(step, 8, engine.WINDOW, base_roles=["teacher"])
+  shared = memory.estimate(step, 8, engine.WINDOW, shared=["teacher"])
   saved = counted.resident - shared.resident
   assert saved == parts["teacher weights"].size
 
