@@ -97,6 +97,10 @@ class Model:
     shapes = transformer.shapes(self.config, int8=self._int8)
     return self._abstract(shapes, self.logical_axes(), dtype)
 
+  def abstract_held(self) -> Params:
+    """The same of a trained model's weights: float32, unless for adapters."""
+    return self.abstract_params(self.compute_dtype if self.lora else "float32")
+
   def abstract_trained(self) -> Params:
     """The same of what is trained: float32 weights, or adapters alone."""
     if self.lora is None:
