@@ -195,6 +195,7 @@ def largest(buffers: str, text: str) -> tuple[tuple[int, str], ...]:
       place = (int(found["size"]), int(found["offset"]))
       places.setdefault(place, (found["name"], found["shape"]))
   biggest = sorted(places.items(), key=lambda item: -item[0][0])[:_LARGEST]
+  text = text.replace("\\'", "'")
   sources = dict(_SOURCE.findall(text)) if biggest else {}
   return tuple(
     (size, f"{shape} {hlo.scope_of(sources.get(name, name))}")
