@@ -143,6 +143,7 @@ OWNERS = {
   "grain": {"data"},
   "tensorflow_datasets": {"data"},
   "pyarrow": {"data"},
+  "fsspec": {"storage"},
   "torch": set(),
   "tensorflow": set(),
 }

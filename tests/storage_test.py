@@ -1,5 +1,6 @@
 """Checkpoints in a bucket, on a file system that stands in for it."""
 
+import dataclasses
 import importlib
 import json
 import sys
@@ -126,6 +127,42 @@ def test_only_the_rows_in_question_are_fetched(bucket, folder):
   np.testing.assert_array_equal(
     part, local["model.layers.1.mlp.up_proj.weight"][14:21, 5:10]
   )
+
+
+@pytest.mark.parametrize(
+  "sizes", [{"fsdp": 4, "tensor": 2}, {"replica": 2, "fsdp": 2}]
+)
+def test_every_byte_is_fetched_once(bucket, tmp_path, sizes):
+  """However the kernels are cut, and by however many devices."""
+  config = dataclasses.replace(
+    tiny.CONFIGS["llama_biases"],
+    hidden_size=16,
+    intermediate_size=32,
+    num_heads=8,
+    num_kv_heads=8,
+  )
+  folder = tmp_path / "model"
+  folder.mkdir()
+  (folder / "config.json").write_text(json.dumps(config.to_hf()))
+  random = np.random.default_rng(0)
+  weights = {
+    tensor.name: random.standard_normal(tensor.shape, np.float32)
+    for tensor in hf.tensors(config)
+  }
+  save_file(weights, folder / "model.safetensors")
+  _upload(bucket, folder, "gs://models/tiny")
+  hf.check("gs://models/tiny", config)
+  headers = bucket.fetched
+  model = Model(config, tiny.layout(sizes))
+  got = hf.load("gs://models/tiny", model)
+  total = sum(leaf.nbytes for leaf in weights.values())
+  assert bucket.fetched == 2 * headers + total
+  want = hf.load(folder, model)
+  for leaf, like in zip(
+    jax.tree.leaves(got), jax.tree.leaves(want), strict=True
+  ):
+    np.testing.assert_array_equal(leaf, like)
+    assert leaf.sharding.is_equivalent_to(like.sharding, leaf.ndim)
 
 
 def test_weights_are_not_among_what_is_copied(bucket, folder):
