@@ -354,14 +354,14 @@ def make_step(setup: Blueprint, mesh: Mesh | None = None) -> Step:
 
 
 def _frozen(
-  architecture: ModelConfig, layout: Layout, source: FrozenModelSource
+  architecture: ModelConfig, layout: Layout, config: FrozenModelSource
 ) -> Model:
   return Model(
     architecture,
     layout,
-    source.compute_dtype,
-    weight_dtype=source.weight_dtype,
-    offload=source.offload,
+    config.compute_dtype,
+    weight_dtype=config.weight_dtype,
+    offload=config.offload,
   )
 
 

@@ -27,6 +27,9 @@ from opd_jax.errors import InputError
 
 MESH_AXES = ("replica", "fsdp", "tensor", "context", "expert")
 
+# The memory of a host that its devices read by themselves.
+HOST_MEMORY = "pinned_host"
+
 Axes = tuple[str | None, ...]
 Rule = str | tuple[str, ...] | None
 

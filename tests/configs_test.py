@@ -117,7 +117,11 @@ def test_config_tells_how_to_launch_it(name):
     (config_lib.SftConfig, "data.sources", ["longer than a packed row"]),
     (config_lib.RunConfig, "data.sources.x.path", ["TensorFlow Dataset"]),
     (config_lib.RunConfig, "teacher.path", ['"path": "Qwen/Qwen3-8B"']),
-    (config_lib.SftConfig, "student.path", ["a local folder, or `org/name`"]),
+    (
+      config_lib.SftConfig,
+      "student.path",
+      ["`gs://bucket/folder`, or `org/name`"],
+    ),
   ],
 )
 def test_a_missing_key_is_explained(cls, key, parts):
@@ -179,7 +183,7 @@ def test_every_key_is_read():
     if path.parent == REPO / "opd_jax" / "config":
       continue
     source = path.read_text()
-    known = set(re.findall(r"\w+Config\b", source))
+    known = set(re.findall(r"\w+(?:Config|ModelSource)\b", source))
     for node in ast.walk(ast.parse(source)):
       if isinstance(node, ast.Attribute):
         owner = ast.unparse(node.value).rpartition(".")[2]

@@ -196,7 +196,7 @@ def test_a_reference_counts():
   # Both have 4 heads and read the same slots.
   name = "attention of the teacher"
   assert parts[name].size == without[name].size
-  shared = memory.estimate(step, PROMPTS, WINDOW, same_weights=True)
+  shared = memory.estimate(step, PROMPTS, WINDOW, shared=["reference"])
   assert "reference weights" not in {part.name for part in shared.parts}
   assert shared.resident == plain.resident
 

@@ -31,8 +31,8 @@ class FrozenModelSource(ModelSource):
     weight_dtype: "int8" holds the kernels of the layers as int8 with a scale
       per output channel, quantized as they are read; activations keep the
       compute dtype. None holds all weights in that.
-    offload: the layers lie in the memory of the hosts, and each comes to the
-      devices when it runs.
+    offload: the kernels of the layers lie in the memory of the hosts, and come
+      to the devices layer by layer in every pass; what draws no tokens only.
   """
 
   weight_dtype: Literal["int8"] | None = None

@@ -7,9 +7,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from opd_jax.models import HOST_MEMORY, Model, ModelConfig
+from opd_jax.models import Model, ModelConfig
 from opd_jax.models.places import Blocks, scored
-from opd_jax.sharding import Layout
+from opd_jax.sharding import HOST_MEMORY, Layout
 from opd_jax.step import Step
 
 # A model that draws reads the prompts ("prefill"), then draws token by token

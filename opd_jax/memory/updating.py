@@ -198,7 +198,7 @@ def _residuals(step: Step, model: Model, rows: int, window: int) -> list[int]:
   if model.lora is None:
     trained, _ = model.split_head(trained)
   else:
-    base = unplaced(model.abstract_params(model.compute_dtype))
+    base = unplaced(model.abstract_held())
 
   def backward(trained: Params, base: Params | None, batch: Any) -> Any:
     def run(trained: Params) -> Any:

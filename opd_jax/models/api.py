@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,18 +12,23 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from opd_jax.errors import InputError
-from opd_jax.models import attention, layers, quantize, rope, transformer
+from opd_jax.models import (
+  attention,
+  experts,
+  layers,
+  quantize,
+  rope,
+  transformer,
+)
 from opd_jax.models import lora as lora_lib
-from opd_jax.models.cache import CACHE_AXES, KVCache
+from opd_jax.models.cache import CACHE_AXES, KVCache, attend
 from opd_jax.models.config import ModelConfig
 from opd_jax.models.lora import Lora
 from opd_jax.models.places import Blocks
-from opd_jax.sharding import Axes, Layout
+from opd_jax.sharding import HOST_MEMORY, Axes, Layout
 from opd_jax.types import MASKED_LOGPROB, Params
 
 _HEAD = "lm_head"
-# The kind of memory of a host from which a device can read by itself.
-HOST_MEMORY = "pinned_host"
 
 _REMAT_POLICIES = {
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -61,8 +66,8 @@ class Model:
       "full" all of it, "dots" all but the products with weights.
     weight_dtype: "int8" for kernels of the layers as `quantize` holds them, of
       a model that is not trained; None for floats.
-    offload: the layers lie in the hosts' memory, of a model that is not
-      trained; inside a loop over them each is brought to the device.
+    offload: the kernels of the layers lie in the hosts' memory, of a model not
+      trained; inside a loop over the layers each is brought to the device.
     lora: the adapters that weights may have; those without are the base, or
       merged. None if there are never any.
   """
@@ -92,6 +97,10 @@ class Model:
     shapes = transformer.shapes(self.config, int8=self._int8)
     return self._abstract(shapes, self.logical_axes(), dtype)
 
+  def abstract_held(self) -> Params:
+    """The same of a trained model's weights: float32, unless for adapters."""
+    return self.abstract_params(self.compute_dtype if self.lora else "float32")
+
   def abstract_trained(self) -> Params:
     """The same of what is trained: float32 weights, or adapters alone."""
     if self.lora is None:
@@ -105,9 +114,7 @@ class Model:
   def _abstract(self, shapes: Params, axes: Params, dtype: str) -> Params:
     places = self.layout.tree_shardings(axes, shapes)
     if self.offload:
-      places[transformer.STACKED] = jax.tree.map(
-        _on_host, places[transformer.STACKED]
-      )
+      places = jax.tree.map_with_path(_on_host, places)
     return jax.tree.map_with_path(
       lambda path, leaf, place: jax.ShapeDtypeStruct(
         leaf.shape,
@@ -299,9 +306,14 @@ class Model:
     view_of = self._views(positions[:, None], seen)
     x = self._embed(params, tokens[:, None])
 
+    # Not cut into layers by the scan: that would copy the experts of a layer,
+    # also those that no token chose.
+    by_layer, kernels = experts.apart(params[transformer.STACKED])
+
     def step(carry, scanned):
       x, keys, values = carry
       weights, layer, local = scanned
+      weights = experts.together(weights, kernels)
       block = self._part({transformer.STACKED: weights}, transformer.STACKED)
       view = view_of(local)
       query, (key, value) = block.attention.project(
@@ -316,18 +328,21 @@ class Model:
         )
         for old, new in ((keys, key), (values, value))
       )
-      here = functools.partial(
-        jax.lax.dynamic_index_in_dim, index=layer, keepdims=False
+      mixed = attend(
+        query,
+        KVCache(keys=keys, values=values, positions=seen),
+        cast(Array, view.visible),
+        layer=layer,
+        slot=slot,
+        layout=self.layout,
+        scalar=block.attention.scalar,
+        cap=block.attention.cap,
       )
-      mixed = block.attention.mix(query, here(keys), here(values), view.visible)
-      return (
-        self._rows(block.finish(x, mixed, self.layout)),
-        keys,
-        values,
-      ), None
+      x = block.finish(x, mixed, self.layout, layer if kernels else None)
+      return (self._rows(x), keys, values), None
 
     scanned = (
-      params[transformer.STACKED],
+      by_layer,
       jnp.arange(self.config.num_layers),
       jnp.asarray(self.config.is_local),
     )
@@ -496,7 +511,13 @@ class Model:
     return self.layout.constrain(x, self.layout.fitting(axes, x.shape))
 
 
-def _on_host(place: NamedSharding) -> NamedSharding:
+def _on_host(path: Any, place: NamedSharding) -> NamedSharding:
+  """Where an offloaded model keeps a weight: kernels of layers on the host.
+
+  The rest is small, and a TPU cannot cut single rows out of the host's memory.
+  """
+  if path[0].key != transformer.STACKED or path[-1].key != quantize.KERNEL:
+    return place
   try:
     return place.with_memory_kind(HOST_MEMORY)
   except ValueError as error:

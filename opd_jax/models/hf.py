@@ -316,19 +316,24 @@ def load(path: str | AnyPath, model: Model, dtype: str = "float32") -> Params:
   placed: dict[str, jax.Array] = {}
   for parameter, parts in by_parameter.items():
     target = targets[parameter]
-    stacked = len(parts[0].index)
 
     def read(number: int, index: Index, parts=parts) -> np.ndarray:
       part = parts[number]
       return part.from_file(sources[part.name], index)
 
+    found = placing.Tensors(
+      read=read,
+      stacked=len(parts[0].index),
+      inputs=parts[0].inputs,
+      by_rows=storage.is_remote(sources[parts[0].name].path),
+    )
     scale = parameter.removesuffix(quantize.KERNEL) + quantize.SCALE
     if scale in targets:
       placed[parameter], placed[scale] = placing.place_quantized(
-        read, target, targets[scale], stacked, parts[0].inputs
+        found, target, targets[scale]
       )
     else:
-      placed[parameter] = placing.place(read, target, stacked)
+      placed[parameter] = placing.place(found, target)
   return jax.tree.map_with_path(lambda path, _: placed[_dotted(path)], abstract)
 
 

@@ -133,8 +133,12 @@ def test_layers_that_are_spread_are_read_in_one_group(tmp_path):
     ),
   )
   rows = np.arange(24.0).reshape(4, 6)
-  placed = placing.place(
-    lambda number, index: rows[number][index], target, stacked=1
+  tensors = placing.Tensors(
+    read=lambda number, index: rows[number][index],
+    stacked=1,
+    inputs=0,
+    by_rows=False,
   )
+  placed = placing.place(tensors, target)
   np.testing.assert_array_equal(placed, rows)
   assert placed.sharding == target.sharding

@@ -10,10 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.special
 
-from opd_jax import tokenizer
-from opd_jax.models import Model, hf, placing, quantize
+from benchmarks import int8
+from opd_jax.models import hf, placing, quantize
 from tests.models import tiny
 
 CHECKPOINTS = pathlib.Path(__file__).parents[2] / "checkpoints"
@@ -169,37 +168,18 @@ def test_no_stack_of_kernels_is_a_float_in_the_program(name):
       assert not re.search(rf"(bf16|f32)\[{shape}\]", text)
 
 
-def _divergence(folder, texts, window):
-  """Mean KL(float || int8) in nats, and how often both like one id best."""
-  tokens = tokenizer.load(folder)
-  rows = [tokens.encode(text)[:window] for text in texts]
-  ids = np.zeros((len(rows), window), np.int32)
-  positions = np.full_like(ids, -1)
-  for row, found in enumerate(rows):
-    ids[row, : len(found)] = found
-    positions[row, : len(found)] = range(len(found))
-  model = Model(hf.read_config(folder), tiny.layout())
-  found = []
-  for each in (model, dataclasses.replace(model, weight_dtype="int8")):
-    logits = _run(each, hf.load(folder, each), ids, positions)
-    logits = np.asarray(logits, np.float64)[positions >= 0]
-    found.append(logits - scipy.special.logsumexp(logits, -1, keepdims=True))
-  whole, int8 = found
-  kl = np.sum(np.exp(whole) * (whole - int8), -1)
-  return kl.mean(), np.mean(whole.argmax(-1) == int8.argmax(-1))
-
-
 def test_a_pretrained_model_hardly_changes(shared_data):
   lines = (shared_data / "tinystories" / "valid.jsonl").read_text().splitlines()
   texts = [json.loads(line)["text"] for line in lines[:4]]
   folder = shared_data / "models" / "babyllama-teacher"
-  kl, agreement = _divergence(folder, texts, 64)
+  ((_, kl, agreement),) = int8.compare(folder, texts, 64, ["int8"])
   assert 1e-6 < kl < 3e-4
   assert agreement > 0.98
 
 
 def test_the_teacher_of_the_quickstart_hardly_changes():
   texts = ["8+5-9+7?8+5=13 13-9=4 4+7=11 #11", "3-1+9?3-1=2 2+9=11 #11"]
-  kl, agreement = _divergence(CHECKPOINTS / "arith_teacher", texts, 40)
+  folder = CHECKPOINTS / "arith_teacher"
+  ((_, kl, agreement),) = int8.compare(folder, texts, 40, ["int8"])
   assert 0 < kl < 1e-3
   assert agreement > 0.95
