@@ -2,7 +2,7 @@
 
     python -m benchmarks.plan [--again] [LOCATION ...]
 
-Each row is `opd-jax plan --config=LOCATION --no-remedies` in a process of its
+Each row is `opd-jax plan --config=LOCATION --noremedies` in a process of its
 own, one after the other: minutes each. Rows that are there are kept, unless
 they are named or --again is given, so that an interrupted run goes on.
 `python -m docs.generate` puts the table into docs/plan.md.
@@ -46,7 +46,7 @@ def measure(location: str) -> dict[str, Any]:
   with tempfile.TemporaryDirectory() as folder:
     file = Path(folder) / "plan.json"
     command = [
-      *(sys.executable, "-m", "opd_jax.cli", "plan", "--no-remedies"),
+      *(sys.executable, "-m", "opd_jax.cli", "plan", "--noremedies"),
       *(f"--config={location}", f"--json={file}"),
     ]
     subprocess.run(command, cwd=REPO, check=False, stdout=subprocess.DEVNULL)

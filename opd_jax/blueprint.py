@@ -68,6 +68,30 @@ class Blueprint:
   teacher_window: int | None
   given_window: int | None
 
+  @property
+  def shared(self) -> tuple[str, ...]:
+    """Frozen models that hold the arrays of another one, by `memory`'s names.
+
+    Of the student's base, or an earlier one of the same checkpoint and dtype.
+    """
+    config = self.config
+    sources = {
+      "teacher": config.teacher,
+      **{
+        f"teacher {number}": other.source
+        for number, other in enumerate(self.domain_teachers, start=2)
+      },
+      "reference": config.reference,
+    }
+    held = [config.student.as_frozen()] if config.student.lora else []
+    found = []
+    for role, source in sources.items():
+      if source in held:
+        found.append(role)
+      elif source is not None:
+        held.append(source)
+    return tuple(found)
+
   def abstract_inputs(self, layout: Layout) -> StepInputs:
     """Shapes and places of what a step is given."""
     rows = self.config.batch.prompts
@@ -113,7 +137,7 @@ def abstract_frozen(scorer: Scorer) -> dict[str, Weights]:
     frozen["reference"] = shapes("reference")
   student = scorer.student
   if student.lora is not None:
-    frozen["base"] = student.abstract_params(student.compute_dtype)
+    frozen["base"] = student.abstract_held()
   return frozen
 
 

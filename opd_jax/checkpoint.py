@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jaxtyping import Array, UInt32
 
-from opd_jax import manifest
+from opd_jax import manifest, storage
 from opd_jax.config import CheckpointConfig, RunConfig, SftConfig
 from opd_jax.errors import InputError
 from opd_jax.manifest import Manifest
@@ -41,7 +41,7 @@ class Checkpoints:
   """
 
   def __init__(
-    self, directory: epath.PathLike, config: CheckpointConfig | None
+    self, directory: str | storage.AnyPath, config: CheckpointConfig | None
   ):
     """Opens a folder of checkpoints.
 
@@ -54,7 +54,10 @@ class Checkpoints:
     Raises:
       InputError: nothing to read there.
     """
-    self._directory = epath.Path(directory).expanduser().resolve()
+    folder = epath.Path(storage.to_path(directory))
+    # Of a bucket `resolve` would make a local path.
+    remote = storage.is_remote(folder)
+    self._directory = folder if remote else folder.resolve()
     self._saving: int | None = None
     if config is None:
       if not self._directory.is_dir():

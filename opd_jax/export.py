@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from opd_jax.errors import InputError
 from opd_jax.models import hf, lora, peft
 from opd_jax.models.api import Model
 from opd_jax.models.config import ModelConfig
+from opd_jax.storage import AnyPath
 from opd_jax.types import Params
 
 DTYPES = ("float32", "bfloat16")
@@ -41,7 +43,7 @@ def export(
   params: Params,
   model: Model,
   source_dir: str | Path | None,
-  out_dir: str | Path,
+  out_dir: str | AnyPath,
   dtype: str = "float32",
   max_shard_bytes: int = 4 * 2**30,
   replace: bool = False,
@@ -69,7 +71,7 @@ def export(
       architecture.
   """
   _check_dtype(dtype)
-  out_dir = Path(out_dir).expanduser() if replace else check_free(out_dir)
+  out_dir = storage.to_path(out_dir) if replace else check_free(out_dir)
   source = None
   if source_dir is not None:
     source = storage.local_copy(hf.resolve(source_dir))
@@ -85,7 +87,7 @@ def export_adapter(
   params: Params,
   model: Model,
   source_dir: str | Path,
-  out_dir: str | Path,
+  out_dir: str | AnyPath,
   dtype: str = "float32",
 ) -> None:
   """Writes a folder that `peft.PeftModel.from_pretrained` reads.
@@ -122,7 +124,7 @@ def _check_dtype(dtype: str) -> None:
 
 
 def _write(
-  out_dir: Path,
+  out_dir: AnyPath,
   shards: Mapping[str, list[hf.Tensor]],
   fetch: Callable[[hf.Tensor], np.ndarray],
   texts: Mapping[str, Mapping[str, Any]],
@@ -130,6 +132,8 @@ def _write(
   replace: bool = False,
 ) -> None:
   """Writes a folder, which appears under its name when it is complete.
+
+  In a bucket its config.json comes last.
 
   Args:
     out_dir: of the folder.
@@ -144,15 +148,15 @@ def _write(
       for tensor in tensors:
         fetch(tensor)
     return
+  if storage.is_remote(out_dir):
+    _upload(out_dir, shards, fetch, texts, source)
+    return
+  out_dir = Path(out_dir)
   partial = out_dir.with_name(f".{out_dir.name}.partial")
   shutil.rmtree(partial, ignore_errors=True)
   partial.mkdir(parents=True)
   for file, tensors in shards.items():
-    save_file(
-      {tensor.name: fetch(tensor) for tensor in tensors},
-      partial / file,
-      metadata={"format": "pt"},
-    )
+    _save(tensors, fetch, partial / file)
   for file, values in texts.items():
     _write_json(partial / file, values)
   if source is not None:
@@ -162,13 +166,49 @@ def _write(
   partial.replace(out_dir)
 
 
-def check_free(out_dir: str | Path) -> Path:
+def _upload(
+  out_dir: AnyPath,
+  shards: Mapping[str, list[hf.Tensor]],
+  fetch: Callable[[hf.Tensor], np.ndarray],
+  texts: Mapping[str, Mapping[str, Any]],
+  source: Path | None,
+) -> None:
+  """As `_write`, with one file of weights at a time on this machine's disk."""
+  storage.remove(out_dir)
+  with tempfile.TemporaryDirectory() as folder:
+    local = Path(folder)
+    for file, tensors in shards.items():
+      _save(tensors, fetch, local / file)
+      storage.upload(local / file, out_dir / file)
+      (local / file).unlink()
+    if source is not None:
+      _carry(source, local)
+    for file, values in texts.items():
+      _write_json(local / file, values)
+    found = [file for file in local.rglob("*") if file.is_file()]
+    for file in sorted(found, key=lambda file: file.name == hf.CONFIG_FILE):
+      storage.upload(file, out_dir / str(file.relative_to(local)))
+
+
+def _save(
+  tensors: list[hf.Tensor],
+  fetch: Callable[[hf.Tensor], np.ndarray],
+  file: Path,
+) -> None:
+  save_file(
+    {tensor.name: fetch(tensor) for tensor in tensors},
+    file,
+    metadata={"format": "pt"},
+  )
+
+
+def check_free(out_dir: str | AnyPath) -> AnyPath:
   """The folder to write a checkpoint to.
 
   Raises:
     InputError: there is something already.
   """
-  out_dir = Path(out_dir).expanduser()
+  out_dir = storage.to_path(out_dir)
   if out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
     raise InputError(
       f"{out_dir} exists and is not an empty folder; name another one"

@@ -8,8 +8,9 @@ counted, so that the utilisation (MFU) is about useful work.
 
 from opd_jax.models import ModelConfig
 
-# Passes that a backward one counts for, by whether only adapters are trained.
-_BACKWARD = {False: 2, True: 1}
+# Forward passes that a backward one counts for, by whether only adapters are
+# trained.
+BACKWARD = {False: 2, True: 1}
 
 
 def forward(
@@ -107,7 +108,7 @@ def step(
   if reference is not None:
     scores.append(score(reference, prompt_length, kept))
   own = score(student, prompt_length)
-  backwards = _BACKWARD[adapters] * score(student, prompt_length, kept)
+  backwards = BACKWARD[adapters] * score(student, prompt_length, kept)
   drawing = draw(student) + (draw(mixed) if mixed is not None else 0.0)
   return drawing + start * own + epochs * (own + backwards + sum(scores))
 
@@ -129,5 +130,5 @@ def supervised(
     learned: tokens that carry loss.
     adapters: of the student are trained, in place of its weights.
   """
-  passes = 1 + _BACKWARD[adapters]
+  passes = 1 + BACKWARD[adapters]
   return passes * forward(student, tokens, context, learned)

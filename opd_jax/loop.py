@@ -13,15 +13,16 @@ from typing import Any
 import jax
 import rich.console
 
-from opd_jax import processes
+from opd_jax import processes, storage
 from opd_jax.checkpoint import Checkpoints
 from opd_jax.errors import InputError
 from opd_jax.export import export
 from opd_jax.interrupts import Interrupts, Profiler
 from opd_jax.meter import Meter
-from opd_jax.metrics import Progress, Writer
+from opd_jax.metrics import LOGS, Progress, Writer
 from opd_jax.models import Model
 from opd_jax.sharding import slices_of
+from opd_jax.spool import Spool
 from opd_jax.summary import EXAMPLES, Summary
 from opd_jax.task import Data, Measurement, Task
 
@@ -43,7 +44,8 @@ def run(
     task: what is trained.
     data: on what.
     workdir: gets `metrics.jsonl`, `samples.jsonl`, `tensorboard/`,
-      `checkpoints/`, `summary.json` and `export/`.
+      `checkpoints/`, `summary.json` and `export/`; a folder, or one of a
+      bucket.
     measurements: of the weights.
     began: `time.monotonic()` when the run began.
 
@@ -51,7 +53,7 @@ def run(
     InputError: the folder is of another run; nothing was placed on a device.
     FloatingPointError: a metric is not finite.
   """
-  config, workdir = task.config, Path(workdir)
+  config, root = task.config, storage.to_path(workdir)
   first_process = jax.process_index() == 0
   tell = rich.console.Console(
     stderr=True,
@@ -61,7 +63,7 @@ def run(
     quiet=not first_process,
   )
   with contextlib.ExitStack() as stack:
-    checkpoints = Checkpoints(workdir / CHECKPOINT_FOLDER, config.checkpoint)
+    checkpoints = Checkpoints(root / CHECKPOINT_FOLDER, config.checkpoint)
     stack.callback(checkpoints.close)
     checkpoints.save_manifest(task.kind, config)
     for line in task.describe():
@@ -103,7 +105,9 @@ def run(
       tell.print(f"compiled in {task.compile_seconds:.1f} s")
 
       # --- The loop. ---
-      writer = Writer(workdir, saved_step) if first_process else None
+      spool = Spool(root, LOGS if first_process else ())
+      stack.enter_context(spool)
+      writer = Writer(spool.folder, saved_step) if first_process else None
       progress = Progress(config.steps, start=done) if first_process else None
       for closing in (writer, progress):
         if closing is not None:
@@ -114,6 +118,7 @@ def run(
         if writer is not None and progress is not None:
           writer.metrics(done, values)
           progress.update(done, values)
+          spool.upload(wait=False)
 
       def measure(everything: bool) -> dict[str, float]:
         found: dict[str, float] = {}
@@ -141,6 +146,8 @@ def run(
         if meter.steps:
           record(meter.close(done))
         with meter.paused():
+          # Before the checkpoint: a log may be ahead of it, never behind.
+          spool.upload()
           place = {
             "data": data.get_state(),
             "task": task.get_state(),
@@ -161,7 +168,7 @@ def run(
         measure(everything=True)
       stack.enter_context(interrupts)
       profiler = stack.enter_context(
-        Profiler(config.log.profile_steps, workdir / "profile")
+        Profiler(config.log.profile_steps, spool.folder / "profile")
       )
       values: Mapping[str, float] = {}
       while done < config.steps and not interrupts.stop(done):
@@ -204,7 +211,7 @@ def run(
     # --- What the user takes away. ---
     checkpoints.wait()
     finished = done == config.steps
-    folder = workdir / EXPORT_FOLDER
+    folder = root / EXPORT_FOLDER
     if finished:
       export(
         task.weights(state),
@@ -226,7 +233,7 @@ def run(
   )
   if first_process:
     text = json.dumps(summary.to_json(), indent=2)
-    (workdir / "summary.json").write_text(text + "\n")
+    (root / "summary.json").write_text(text + "\n")
   return summary
 
 

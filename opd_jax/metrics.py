@@ -20,6 +20,9 @@ from opd_jax.imports import without_torch
 with without_torch("tensorboardX"):
   import tensorboardX
 
+# Of metrics and of samples; a resumed run goes on with them.
+LOGS = ("metrics.jsonl", "samples.jsonl")
+
 # What `Progress` shows: metric, label, format.
 _SHOWN = (
   ("train/loss", "loss", "{:.4f}"),
@@ -45,8 +48,9 @@ class Writer:
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     keep = -1 if resumed_step is None else resumed_step
-    self._metrics = _reopen(workdir / "metrics.jsonl", keep)
-    self._samples = _reopen(workdir / "samples.jsonl", keep)
+    self._metrics, self._samples = (
+      _reopen(workdir / name, keep) for name in LOGS
+    )
     # Names of event files count seconds: a quick restart must not reuse one.
     self._board = tensorboardX.SummaryWriter(
       logdir=str(workdir / "tensorboard"),

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from opd_jax import objectives, optim, sft, tokenizer
+from opd_jax import objectives, optim, sft, storage, tokenizer
 from opd_jax import student as student_lib
 from opd_jax.checkpoint import Checkpoints
 from opd_jax.config import RunConfig, SftConfig, TrainedModelSource
@@ -17,6 +17,7 @@ from opd_jax.parsing import parse
 from opd_jax.replay import Buffer
 from opd_jax.scoring import Parameters
 from opd_jax.sharding import DECODE_RULES, TRAIN_RULES, Layout, make_mesh
+from opd_jax.storage import AnyPath
 from opd_jax.tokenizer import Tokenizer
 from opd_jax.types import Params, TrainState
 from opd_jax.update import abstract_state
@@ -39,7 +40,7 @@ class Saved:
   source: str
   architecture: ModelConfig
   adapter: Path | None = None
-  workdir: Path | None = None
+  workdir: AnyPath | None = None
   config: RunConfig | SftConfig | None = None
   step: int | None = None
 
@@ -179,7 +180,7 @@ def find(path: str | Path, step: str = "latest") -> Saved:
   Raises:
     InputError: nothing there, or no such step.
   """
-  if (Path(path) / CHECKPOINT_FOLDER).is_dir():
+  if (storage.to_path(path) / CHECKPOINT_FOLDER).is_dir():
     return find_run(path, step)
   if step != "latest":
     raise InputError(
@@ -197,8 +198,8 @@ def find(path: str | Path, step: str = "latest") -> Saved:
 
 def find_run(workdir: str | Path, step: str = "latest") -> Saved:
   """Finds a checkpoint of a run; see `find`."""
-  workdir = Path(workdir)
-  checkpoints = Checkpoints(workdir / CHECKPOINT_FOLDER, None)
+  folder = storage.to_path(workdir)
+  checkpoints = Checkpoints(folder / CHECKPOINT_FOLDER, None)
   manifest = checkpoints.read_manifest()
   kind = SftConfig if manifest.kind == "sft" else RunConfig
   config = parse(kind, manifest.config)
@@ -211,7 +212,7 @@ def find_run(workdir: str | Path, step: str = "latest") -> Saved:
   return Saved(
     source=source,
     architecture=hf.read_config(source),
-    workdir=workdir,
+    workdir=folder,
     config=config,
     step=number,
   )

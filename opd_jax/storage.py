@@ -53,8 +53,8 @@ def file_system(path: str | AnyPath) -> tuple[Any, str]:
     return fsspec.core.url_to_fs(str(path))
   except (ImportError, ValueError) as error:
     raise InputError(
-      f"{path} cannot be read: {error}; for gs:// install the extra gcs "
-      '(pip install "opd-jax[gcs]"), or copy the folder to this machine'
+      f"{path} cannot be reached: {error}; for gs:// install the extra gcs "
+      '(pip install "opd-jax[gcs]"), or use a folder of this machine'
     ) from error
 
 
@@ -78,6 +78,20 @@ def read_range(path: str | AnyPath, start: int, stop: int) -> bytes:
   """Bytes [start, stop) of a file in a bucket, and no others."""
   system, name = file_system(path)
   return system.cat_file(name, start=start, end=stop)
+
+
+def upload(file: Path, target: str | AnyPath) -> None:
+  """Copies a local file into a bucket, in place of what is there."""
+  system, name = file_system(target)
+  system.makedirs(name.rpartition("/")[0], exist_ok=True)
+  system.put_file(str(file), name)
+
+
+def remove(folder: str | AnyPath) -> None:
+  """Removes a folder of a bucket, if it is there, and all in it."""
+  system, name = file_system(folder)
+  if system.exists(name):
+    system.rm(name, recursive=True)
 
 
 def size(path: str | AnyPath) -> int:

@@ -389,7 +389,11 @@ def test_a_bad_file_is_refused(damage, run, refused):
     (["train", "--config=a.py"], ["needs --workdir"]),
     (
       ["train", "--config=a.py", "--workdir=gs://bucket/run"],
-      ["gs://bucket/run", "not supported", "name a folder"],
+      ["gs://bucket/run", "install the extra gcs", "use a folder"],
+    ),
+    (
+      ["dataset", "--jsonl=a", "--name=b", "--data_dir=gs://bucket/c"],
+      ["gs://bucket/c", "name a folder"],
     ),
     (["train", "--wrokdir=x"], ["'wrokdir'", "workdir"]),
     (["train", "x"], ["'x'", "--flag=value"]),

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from opd_jax.sharding import Layout
 from tests import engine
 from tests.models import tiny
 from tests.step_program_test import _computations, _decode_loops, _reachable
@@ -105,7 +106,8 @@ def test_layers_gather_weights_keys_and_values_alone():
   assert _gathers(inside[decoding]) == {(rows, 128)}
   allowed = {(rows, 128)}
   for model in (step.scorer.student, step.scorer.teacher):
-    whole = model.layout.replace("embed", None)
+    rules = {**dict(model.layout.rules), "embed": None}
+    whole = Layout.create(model.layout.mesh, rules)
     places = whole.tree_shardings(
       model.logical_axes()["layers"], model.abstract_params()["layers"]
     )

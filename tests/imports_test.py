@@ -54,7 +54,9 @@ TOOLS = {
   "meter",
   "summary",
 }
-RUN = CORE | MEASURES | TOOLS | {"student", "task", "interrupts", "loop"}
+RUN = (
+  CORE | MEASURES | TOOLS | {"student", "task", "interrupts", "spool", "loop"}
+)
 
 # module: what of opd_jax it may import.
 ALLOWED = {
@@ -105,7 +107,8 @@ ALLOWED = {
   #
   "task": {"config", "types", "models", "update", "meter"},
   "interrupts": {"types"},
-  "loop": CORE | TOOLS | {"task", "interrupts"},
+  "spool": {"storage"},
+  "loop": CORE | TOOLS | {"task", "interrupts", "spool"},
   "compatibility": PARTS | {"selector"},
   "blueprint": CORE | {"compatibility"},
   "setup": CORE | MEASURES | {"task", "compatibility", "blueprint", "student"},

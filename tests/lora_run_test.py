@@ -147,14 +147,18 @@ def test_the_base_is_the_teacher_and_the_reference(folder):
   config = config_of(
     folder, teacher=source, reference=source, objective={"name": "exopd"}
   )
-  scorer = setup_lib.make_step(setup_lib.prepare(config)).scorer
+  setup = setup_lib.prepare(config)
+  assert setup.shared == ("teacher", "reference")
+  scorer = setup_lib.make_step(setup).scorer
   frozen = train_lib.load_frozen(config, scorer)
   for role in ("teacher", "reference"):
     same = jax.tree.map(lambda a, b: a is b, frozen["base"], frozen[role])
     assert all(jax.tree.leaves(same))
   half = {**source, "compute_dtype": "bfloat16"}
   config = config_of(folder, teacher=half)
-  scorer = setup_lib.make_step(setup_lib.prepare(config)).scorer
+  setup = setup_lib.prepare(config)
+  assert not setup.shared
+  scorer = setup_lib.make_step(setup).scorer
   frozen = train_lib.load_frozen(config, scorer)
   table = frozen["teacher"]["embed"]["embedding"]
   assert table.dtype == "bfloat16"
@@ -199,6 +203,8 @@ def test_adapters_that_cannot_be_read(tmp_path):
       r"use_dora = True is not supported.*merge the adapter",
     ),
     ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
+    ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa'"),
+    ({"use_more": 3}, "use_more = 3 is not supported, only None"),
     ({"target_modules": ["lm_head"]}, "'lm_head' is none of the products"),
     ({"r": None}, "must have a number r"),
   ):

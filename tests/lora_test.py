@@ -249,6 +249,25 @@ def test_fused_is_split_and_the_base_keeps_its_bits():
     assert leaf.size == 1 or np.any(leaf != old)
 
 
+def test_several_updates_per_rollout_batch_trace():
+  """The scoring before the updates and the scan over them see the base."""
+  step, state, frozen = case()
+  step = dataclasses.replace(
+    step,
+    objective=engine.objective_of("minillm"),
+    mini_batches=2,
+    epochs=2,
+    micro_batches=2,
+  )
+  assert step.scores_start
+  inputs = engine.make_inputs(privileged=False)
+  after, metrics, _ = jax.eval_shape(step.train, state, frozen, inputs)
+  assert "drift/kl" in metrics
+  jax.tree.map(
+    lambda old, new: np.testing.assert_equal(old.shape, new.shape), state, after
+  )
+
+
 def test_memory_counts_the_base_and_the_adapters():
   step, state, frozen = case("qwen3_moe", eight=True)
   first = lambda tree: sum(
@@ -260,7 +279,7 @@ def test_memory_counts_the_base_and_the_adapters():
   assert parts["adapters"].size == first(state.params)
   assert parts["optimizer state"].size == first((state.optimizer, state.step))
   assert parts["gradients"].size == first(state.params)
-  shared = memory.estimate(step, 8, engine.WINDOW, base_roles=["teacher"])
+  shared = memory.estimate(step, 8, engine.WINDOW, shared=["teacher"])
   saved = counted.resident - shared.resident
   assert saved == parts["teacher weights"].size
 

@@ -20,6 +20,7 @@ from tests import engine
 MESHES = {
   "one device": ({}, 1),
   "eight": ({"replica": 2, "fsdp": 2, "tensor": 2}, 8),
+  "context": ({"fsdp": 2, "context": 4}, 8),
 }
 PROMPTS, WINDOW = 8, engine.WINDOW
 HALF = Selector(config=SelectionConfig(fraction=0.5), vocab_size=8192)
@@ -125,18 +126,19 @@ def abstract_prompts(step, window):
 
 
 @pytest.mark.parametrize(
-  ("mesh", "changes", "remat"),
+  ("mesh", "length", "changes", "remat"),
   [
-    ("one device", {}, "none"),
-    ("one device", {"micro_batches": 4, "chunk_tokens": 128}, "full"),
-    ("eight", {"compute_dtype": "bfloat16"}, "none"),
-    ("one device", {"mini_batches": 2, "epochs": 2}, "none"),
-    ("one device", {"selector": HALF, "chunk_tokens": 10**6}, "full"),
+    ("one device", 96, {}, "none"),
+    ("one device", 96, {"micro_batches": 4, "chunk_tokens": 128}, "full"),
+    ("eight", 96, {"compute_dtype": "bfloat16"}, "none"),
+    ("one device", 96, {"mini_batches": 2, "epochs": 2}, "none"),
+    ("one device", 96, {"selector": HALF, "chunk_tokens": 10**6}, "full"),
+    ("context", 1000, {}, "full"),
   ],
 )
-def test_the_whole_is_near_the_compilers_account(mesh, changes, remat):
+def test_the_whole_is_near_the_compilers_account(mesh, length, changes, remat):
   """Within 20 %: XLA decides what it fuses, keeps and recomputes."""
-  step, frozen = enlarged_step(mesh, length=96, remat=remat, **changes)
+  step, frozen = enlarged_step(mesh, length=length, remat=remat, **changes)
   inputs = StepInputs(prompts=abstract_prompts(step, WINDOW))
   programs = Programs(step, "fused")
   programs.compile(step.abstract_state(), frozen, inputs)
@@ -194,7 +196,7 @@ def test_a_reference_counts():
   # Both have 4 heads and read the same slots.
   name = "attention of the teacher"
   assert parts[name].size == without[name].size
-  shared = memory.estimate(step, PROMPTS, WINDOW, same_weights=True)
+  shared = memory.estimate(step, PROMPTS, WINDOW, shared=["reference"])
   assert "reference weights" not in {part.name for part in shared.parts}
   assert shared.resident == plain.resident
 

@@ -1,4 +1,7 @@
-"""Runs of several processes, as a SLURM cluster or a user would start them."""
+"""What processes tell each other, and runs of several.
+
+These are started as by a SLURM cluster, or by a user who names them.
+"""
 
 import json
 import os
@@ -14,7 +17,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from opd_jax import setup
+from opd_jax import processes, setup
 from opd_jax.config import RunConfig
 from opd_jax.parsing import parse
 from opd_jax.sharding import make_mesh
@@ -44,18 +47,18 @@ def _free_port():
   raise OSError("no free port")
 
 
-def _start(folder, workdir, *overrides, processes=2, slurm=True):
+def _start(folder, workdir, *overrides, count=2, slurm=True):
   """Processes that run `opd-jax train`, of four devices together."""
   # JAX makes the coordinator's port of the number of a SLURM job.
   port = _free_port()
-  flags = f"--xla_force_host_platform_device_count={4 // processes}"
+  flags = f"--xla_force_host_platform_device_count={4 // count}"
 
   def variables(index):
     return {
       "SLURM_JOB_ID": str(port - PORTS.start),
       "SLURM_STEP_NODELIST": "localhost",
       "SLURM_STEP_NUM_NODES": "1",
-      "SLURM_NTASKS": str(processes),
+      "SLURM_NTASKS": str(count),
       "SLURM_PROCID": str(index),
       "SLURM_LOCALID": str(index),
     }
@@ -63,7 +66,7 @@ def _start(folder, workdir, *overrides, processes=2, slurm=True):
   def named(index):
     return (
       f"--coordinator=localhost:{port}",
-      f"--processes={processes}",
+      f"--processes={count}",
       f"--process_id={index}",
     )
 
@@ -86,14 +89,14 @@ def _start(folder, workdir, *overrides, processes=2, slurm=True):
       stderr=subprocess.PIPE,
       text=True,
     )
-    for index in range(processes)
+    for index in range(count)
   ]
 
 
-def _finish(processes, timeout=200):
+def _finish(started, timeout=200):
   """Exit status, standard output and standard error of each."""
   results = []
-  for process in processes:
+  for process in started:
     out, err = process.communicate(timeout=timeout)
     results.append((process.returncode, out, err))
   return results
@@ -104,15 +107,15 @@ def _records(workdir, name="metrics.jsonl"):
   return [json.loads(line) for line in lines]
 
 
-def _wait_for_step(workdir, processes, step):
+def _wait_for_step(workdir, started, step):
   """Until the log has a record of this step, or of a later one."""
   log = workdir / "metrics.jsonl"
   while not (
     log.exists()
     and any("train/loss" in r and r["step"] >= step for r in _records(workdir))
   ):
-    if any(process.poll() is not None for process in processes):
-      pytest.fail(f"ended before step {step}: {_finish(processes)}")
+    if any(process.poll() is not None for process in started):
+      pytest.fail(f"ended before step {step}: {_finish(started)}")
     time.sleep(0.02)
 
 
@@ -128,6 +131,30 @@ def _train_alone(monkeypatch, values, workdir):
       setup, "make_mesh", lambda sizes: make_mesh({}, jax.devices()[:1])
     )
     return train(parse(RunConfig, values), workdir)
+
+
+def test_messages_go_in_pieces(monkeypatch):
+  """Two processes that say the same; the last piece is not full."""
+  monkeypatch.setattr(processes, "_PIECE", 2048)
+  monkeypatch.setattr(
+    processes.multihost_utils,
+    "process_allgather",
+    lambda piece: np.stack([piece, piece]),
+  )
+  for size in (0, 1, 1024, 2048, 5000):
+    told = np.random.default_rng(size).bytes(size)
+    assert processes._gathered(told) == [told, told]
+
+
+def test_shares_are_whole_and_even(monkeypatch):
+  for count, of in ((10, 4), (3, 4), (0, 2), (8, 1)):
+    monkeypatch.setattr(jax, "process_count", lambda of=of: of)
+    shares = []
+    for index in range(of):
+      monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+      shares.append(processes.share(count))
+    assert [place for share in shares for place in share] == [*range(count)]
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def asked_on_the_first(completion, answer):
@@ -164,13 +191,13 @@ def test_four_processes_two_and_one_make_one_run(monkeypatch, tmp_path):
   _write(folder, values)
   one, many = tmp_path / "one", tmp_path / "many"
 
-  processes = _start(
-    *(folder, many, "mesh.fsdp=2", "mesh.tensor=2"), processes=4, slurm=False
+  started = _start(
+    *(folder, many, "mesh.fsdp=2", "mesh.tensor=2"), count=4, slurm=False
   )
-  _wait_for_step(many, processes, SAME)
-  processes[3].kill()
+  _wait_for_step(many, started, SAME)
+  started[3].kill()
   began = time.monotonic()
-  results = _finish(processes)
+  results = _finish(started)
   assert time.monotonic() - began < 3 * HEARTBEAT
   assert [status for status, *_ in results] == [1, 1, 1, -9], results
   for _, _, err in results[:3]:
@@ -180,10 +207,10 @@ def test_four_processes_two_and_one_make_one_run(monkeypatch, tmp_path):
   drawn = _records(many, "samples.jsonl")
   steps = _records(many)
 
-  processes = _start(folder, many, "mesh.fsdp=1", "mesh.tensor=4")
-  _wait_for_step(many, processes, steps[-1]["step"] + 1)
-  processes[1].send_signal(signal.SIGTERM)
-  results = _finish(processes)
+  started = _start(folder, many, "mesh.fsdp=1", "mesh.tensor=4")
+  _wait_for_step(many, started, steps[-1]["step"] + 1)
+  started[1].send_signal(signal.SIGTERM)
+  results = _finish(started)
   assert [status for status, *_ in results] == [143, 143], results
   resumed = re.search(r"resuming after step (\d+)", results[0][2])
   assert 0 < int(resumed[1]) <= steps[-1]["step"]

@@ -48,7 +48,7 @@ def test_the_batch_keeps_its_axes():
     np.zeros((8, 3, 8))
   )
   assert place.sharding.spec == PartitionSpec("fsdp", None, "tensor")
-  inside = train.in_shard()
+  inside = train.in_shard("batch")
   assert inside.mesh_axes("batch") == ()
   assert inside.mesh_axes("vocab") == ("tensor",)
 
@@ -62,7 +62,7 @@ def test_the_batch_keeps_its_axes():
     (
       {"decode_rules": {"head": ["tensor"]}},
       "mesh.decode_rules.head: there is no such dimension; the rules are for "
-      "batch, layers, vocab",
+      "batch, sequence, layers, vocab",
     ),
   ],
 )

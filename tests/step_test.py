@@ -232,6 +232,7 @@ def test_eight_devices_are_one_by_other_rules():
   _assert_eight_devices_are_one(
     "gkd",
     2,
+    mesh={"fsdp": 2, "tensor": 2, "context": 2},
     rules={
       "train_rules": {"embed": [], "vocab": wide, "ffw": wide, "heads": wide},
       "decode_rules": {"batch": ["replica"], "ffw": wide, "heads": wide},
@@ -239,9 +240,9 @@ def test_eight_devices_are_one_by_other_rules():
   )
 
 
-def _assert_eight_devices_are_one(name, micro_batches, rules=None):
+def _assert_eight_devices_are_one(name, micro_batches, mesh=None, rules=None):
   changes = {
-    "mesh": {"replica": 2, "fsdp": 2, "tensor": 2},
+    "mesh": mesh or {"replica": 2, "fsdp": 2, "tensor": 2},
     "devices": 8,
     "rules": rules,
     "micro_batches": micro_batches,

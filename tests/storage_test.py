@@ -3,19 +3,29 @@
 import dataclasses
 import importlib
 import json
+import sys
+import types
 
 import jax
 import numpy as np
+import pyarrow
 import pytest
 from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
+from pyarrow import parquet
 from safetensors.numpy import save_file
 
-from opd_jax import storage, tokenizer
+from opd_jax import saved, setup, spool, storage, tokenizer
+from opd_jax.config import RunConfig
+from opd_jax.data import files
 from opd_jax.errors import InputError
 from opd_jax.export import export
+from opd_jax.metrics import LOGS, Writer
 from opd_jax.models import Model, hf
-from tests import pair
+from opd_jax.parsing import parse
+from opd_jax.sharding import TRAIN_RULES, Layout, make_mesh
+from opd_jax.train import train
+from tests import gcs, pair
 from tests.models import tiny
 
 # `fsspec.registry` is the module's mapping, not the module.
@@ -209,3 +219,123 @@ def test_a_bucket_that_may_not_be_read_is_named(bucket, monkeypatch):
   monkeypatch.setattr(Bucket, "isdir", forbidden)
   with pytest.raises(InputError, match=r"Forbidden; is this machine allowed"):
     hf.resolve("gs://models/tiny")
+
+
+def test_rows_of_a_bucket_are_those_of_a_folder(bucket, tmp_path):
+  rows = [{"text": "a", "n": 1}, {"text": "b", "n": 2}, {"text": "c", "n": 3}]
+  (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+  parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "r.parquet")
+  for name, read in (
+    ("rows.jsonl", files.read_jsonl),
+    ("r.parquet", files.read_parquet),
+  ):
+    bucket.pipe_file(f"gs://data/{name}", (tmp_path / name).read_bytes())
+    assert read(f"gs://data/{name}") == read(tmp_path / name) == rows
+    with pytest.raises(InputError, match="no data file gs://data/no/"):
+      read(f"gs://data/no/{name}")
+
+
+def test_an_export_to_a_bucket_is_that_to_a_folder(bucket, folder):
+  model = tiny.model("llama")
+  params = hf.load(folder, model)
+  bucket.pipe_file("gs://runs/export/model-1.safetensors", b"of an older run")
+  with pytest.raises(InputError, match="is not an empty folder"):
+    export(params, model, folder, "gs://runs/export")
+  export(
+    *(params, model, folder, "gs://runs/export"),
+    max_shard_bytes=20_000,
+    replace=True,
+  )
+  names = [name.rpartition("/")[2] for name in bucket.find("gs://runs/export")]
+  assert "model-1.safetensors" not in names
+  assert sum(name.endswith(".safetensors") for name in names) > 1
+  assert "tokenizer.json" in names
+  jax.tree.map(
+    np.testing.assert_array_equal, hf.load("gs://runs/export", model), params
+  )
+
+
+def test_logs_of_a_run_grow_in_a_bucket(bucket):
+  root = storage.to_path("gs://runs/one")
+  with spool.Spool(root, LOGS) as first:
+    writer = Writer(first.folder)
+    for step in (1, 2):
+      writer.metrics(step, {"train/loss": 1.0})
+    first.upload(wait=False)  # Too early.
+    assert not (root / "metrics.jsonl").exists()
+    first.upload()
+    assert len((root / "metrics.jsonl").read_text().splitlines()) == 2
+    writer.metrics(3, {"train/loss": 1.0})
+    writer.close()
+  assert not first.folder.exists()
+  lines = (root / "metrics.jsonl").read_text()
+  assert [json.loads(line)["step"] for line in lines.splitlines()] == [1, 2, 3]
+  assert any("tfevents" in name for name in bucket.find("gs://runs/one"))
+  # Resumed after step 2, on another machine.
+  with spool.Spool(root, LOGS) as second:
+    writer = Writer(second.folder, 2)
+    writer.metrics(3, {"train/loss": 2.0})
+    writer.close()
+  lines = (root / "metrics.jsonl").read_text().splitlines()
+  assert [json.loads(line)["train/loss"] for line in lines] == [1, 1, 2]
+
+
+def test_a_local_workdir_needs_no_spool(tmp_path):
+  with spool.Spool(tmp_path, LOGS) as local:
+    (local.folder / "file").write_text("x")
+  assert local.folder == tmp_path
+  assert (tmp_path / "file").exists()
+
+
+@pytest.fixture
+def server(bucket, monkeypatch):
+  """The bucket over HTTP, for tensorstore; orbax asks what kind it is."""
+  server = gcs.serve(bucket)
+  address = f"http://localhost:{server.server_port}"
+  monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", address)
+  monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "token")
+  flat = types.SimpleNamespace(hierarchical_namespace_enabled=False)
+  client = types.SimpleNamespace(get_bucket=lambda name: flat)
+  google = types.ModuleType("google.cloud.storage")
+  google.Client = lambda: client
+  monkeypatch.setitem(sys.modules, google.__name__, google)
+  monkeypatch.setattr(
+    importlib.import_module("google.cloud"), "storage", google, raising=False
+  )
+  yield
+  server.shutdown()
+  server.server_close()
+
+
+def test_a_run_in_a_bucket_is_that_in_a_folder(
+  bucket, server, monkeypatch, tmp_path
+):
+  """It is cut after step 3 and resumed; logs, weights and figures agree."""
+  monkeypatch.setattr(
+    setup, "make_mesh", lambda sizes: make_mesh({}, jax.devices()[:1])
+  )
+  folder = pair.write_pair(tmp_path)
+  texts = (folder / "texts.jsonl").read_bytes()
+  bucket.pipe_file("gs://data/texts.jsonl", texts)
+  values = pair.config_of(folder, steps=5)
+  values["data"]["sources"]["texts"]["path"] = "gs://data/texts.jsonl"
+  root = storage.to_path("gs://runs/one")
+  train(parse(RunConfig, {**values, "steps": 3}), str(root))
+  found = train(parse(RunConfig, values), str(root))
+  local = train(parse(RunConfig, values), tmp_path / "run")
+  assert found.step == local.step == 5
+  assert found.after == local.after
+  samples = (root / "samples.jsonl").read_text()
+  assert samples == (tmp_path / "run" / "samples.jsonl").read_text()
+  assert json.loads((root / "summary.json").read_text())["step"] == 5
+  saved_run = saved.find_run("gs://runs/one")
+  assert saved_run.step == 5
+  model = Model(
+    saved_run.architecture,
+    Layout.create(make_mesh({}, jax.devices()[:1]), TRAIN_RULES),
+  )
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    hf.load("gs://runs/one/export", model),
+    hf.load(tmp_path / "run" / "export", model),
+  )

@@ -28,9 +28,8 @@ TOPOLOGIES = {
 
 def get_config(topology: str = "h100:8") -> ConfigDict:
   """The experiment on one of `TOPOLOGIES`."""
-  student, teacher, prompts, rollouts, window, length, mesh = TOPOLOGIES[
-    topology
-  ]
+  models, prompts, rollouts, window, length, mesh = TOPOLOGIES[topology]
+  student, teacher = models
   return ConfigDict(
     {
       "student": {

@@ -21,7 +21,10 @@ def define(values: Any, *, samples: str) -> None:
 
   options: dict[str, Any] = {"flag_values": values}
   flags.DEFINE_string(
-    "model", None, "checkpoint (DIR or org/name), or DIR of a run", **options
+    "model",
+    None,
+    "checkpoint (DIR or org/name), or DIR of a run or of an adapter",
+    **options,
   )
   flags.DEFINE_string(
     "step", "latest", "of a run: latest, best or a step", **options

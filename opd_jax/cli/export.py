@@ -30,7 +30,7 @@ def run(arguments: Sequence[str]) -> int:
   )
   if not parse(values, "export", arguments, required=("workdir", "out")):
     return 0
-  check_folder("--out", values.out)
+  check_folder("--out", values.out, bucket=True)
   # The accelerators stay free for a run that may be using them.
   os.environ["JAX_PLATFORMS"] = "cpu"
   from opd_jax import run_export

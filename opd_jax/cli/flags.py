@@ -5,6 +5,7 @@ import json
 import os
 import tempfile
 import textwrap
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -89,16 +90,25 @@ def _describe(flag: Any) -> str:
   )
 
 
-def check_folder(flag: str, path: str) -> None:
+def check_folder(flag: str, path: str, *, bucket: bool = False) -> None:
   """Raises unless a folder is there or can be made, and can be written to.
 
   It is tried, and nothing is left of the trial.
+
+  Args:
+    flag: for messages.
+    path: of the folder.
+    bucket: it may be one of a bucket.
   """
-  if "://" in path:
-    raise InputError(
-      f"{flag}={path}: buckets are not supported; name a folder, on a disk "
-      "that all hosts share if there are several"
-    )
+  from opd_jax import storage
+
+  if storage.is_remote(path):
+    if not bucket:
+      raise InputError(
+        f"{flag}={path}: this cannot be in a bucket; name a folder"
+      )
+    _check_bucket(flag, path)
+    return
   folder = Path(path).absolute()
   missing = []
   there = folder
@@ -123,6 +133,22 @@ def check_folder(flag: str, path: str) -> None:
     with contextlib.suppress(OSError):
       for made in missing:
         made.rmdir()
+
+
+def _check_bucket(flag: str, path: str) -> None:
+  from opd_jax import storage
+
+  folder = storage.to_path(path)
+  trial = folder / f".trial-{uuid.uuid4().hex}"
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    trial.write_text("")
+    trial.unlink()
+  except OSError as error:
+    raise InputError(
+      f"{flag}={path}: cannot write there ({error}); see that the bucket "
+      "exists and that this machine may write to it"
+    ) from error
 
 
 def check_file(flag: str, path: str) -> None:

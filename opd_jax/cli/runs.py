@@ -42,7 +42,7 @@ def run(
   overrides, others = split_overrides(arguments)
   if not parse(values, command, others, required=("config", "workdir")):
     return 0
-  check_folder("--workdir", values.workdir)
+  check_folder("--workdir", values.workdir, bucket=True)
   from opd_jax import parsing
 
   config = parsing.load(config_class, values.config, overrides)

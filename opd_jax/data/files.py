@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from opd_jax import storage
 from opd_jax.errors import InputError
 
 Row = dict[str, Any]
@@ -33,12 +34,12 @@ def read_jsonl(path: str | Path, pick: Pick = range) -> list[Row]:
     InputError: no file, no rows, or a row (named by its 1-based line) that is
       not JSON or not an object.
   """
-  path = Path(path)
-  if not path.is_file():
+  file = storage.to_path(path)
+  if not file.is_file():
     raise InputError(
       f"no data file {path}; name a JSONL file, one object a line"
     )
-  lines = path.read_bytes().rstrip().split(b"\n")
+  lines = file.read_bytes().rstrip().split(b"\n")
   if lines == [b""]:
     raise InputError(f"data file {path} has no rows; write one object a line")
   rows = []
@@ -75,12 +76,13 @@ def read_parquet(path: str | Path, pick: Pick = range) -> list[Row]:
   import pyarrow
   import pyarrow.parquet
 
-  path = Path(path)
-  if not path.is_file():
+  file = storage.to_path(path)
+  if not file.is_file():
     raise InputError(f"no data file {path}; name a Parquet file")
   try:
     # One thread: a pool of threads would outlive the reading.
-    table = pyarrow.parquet.ParquetFile(path).read(use_threads=False)
+    with file.open("rb") as opened:
+      table = pyarrow.parquet.ParquetFile(opened).read(use_threads=False)
   except (pyarrow.ArrowException, OSError) as error:
     raise InputError(
       f"cannot read {path} as Parquet: {error}; write it again, or use JSONL"

@@ -21,6 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from opd_jax import storage
 from opd_jax.data.files import Row
 from opd_jax.errors import InputError
 
@@ -144,11 +145,12 @@ def read_origin(path: str | Path) -> Origin:
     "write one with opd-jax generate --model=TEACHER --data=ROWS "
     "--out=FILE.parquet"
   )
-  path = Path(path)
-  if path.suffix != SUFFIX or not path.is_file():
+  file = storage.to_path(path)
+  if file.suffix != SUFFIX or not file.is_file():
     raise InputError(f"{path} is no file of stored completions; {remedy}")
   try:
-    metadata = pq.read_schema(path).metadata or {}
+    with file.open("rb") as opened:
+      metadata = pq.read_schema(opened).metadata or {}
   except (pa.ArrowException, OSError) as error:
     raise InputError(
       f"cannot read {path} as Parquet: {error}; {remedy}"

@@ -75,8 +75,7 @@ def estimate(
   window: int,
   teacher_window: int | None = None,
   evaluation: Decoding | None = None,
-  same_weights: bool = False,
-  base_roles: Collection[str] = (),
+  shared: Collection[str] = (),
 ) -> Estimate:
   """Counts what one device holds during a step.
 
@@ -90,8 +89,7 @@ def estimate(
     window: P, slots of a prompt.
     teacher_window: slots of the teacher's prompts; None for the student's.
     evaluation: of the student, between steps.
-    same_weights: a teacher and the reference hold the same arrays.
-    base_roles: frozen models that hold the arrays of the adapters' base.
+    shared: frozen models that hold the arrays of another one.
   """
   rows = prompts * step.rollouts
   length = step.sampling.max_new_tokens
@@ -104,7 +102,7 @@ def estimate(
     length=length,
   )
   parts = [
-    *_weights(step, same_weights, base_roles),
+    *_weights(step, shared),
     *sampling(step, rollout, "sampling", ""),
     *update(step, rows, window, teacher_window or window),
   ]
@@ -119,15 +117,13 @@ def device_limit() -> int | None:
   return (statistics or {}).get("bytes_limit")
 
 
-def _weights(
-  step: Step, same_weights: bool, base_roles: Collection[str]
-) -> Iterable[Part]:
+def _weights(step: Step, shared: Collection[str]) -> Iterable[Part]:
   state = step.abstract_state()
   student = step.scorer.student
   if student.lora is not None:
     yield Part(
       name="student weights",
-      size=shard_bytes(student.abstract_params(student.compute_dtype)),
+      size=shard_bytes(student.abstract_held()),
       phase="always",
       exact=True,
       formula=f"parameters x {itemsize(student)} bytes, not trained",
@@ -155,7 +151,7 @@ def _weights(
       formula="rollout.replay_capacity x (prompt and completion) x 4 bytes",
     )
   for role, model in frozen(step).items():
-    if role in base_roles or (role == "reference" and same_weights):
+    if role in shared:
       continue
     yield Part(
       name=f"{role} weights",

@@ -91,9 +91,7 @@ def sampling(
   student = step.scorer.student
   yield from _decoder(
     step.decoder,
-    student.abstract_params(
-      student.compute_dtype if student.lora else "float32"
-    ),
+    student.abstract_held(),
     sizes,
     phase,
     prefix,

@@ -20,6 +20,7 @@ from opd_jax.memory.parts import (
   slots_of,
 )
 from opd_jax.models import Model
+from opd_jax.models.places import Blocks
 from opd_jax.scoring import Parameters
 from opd_jax.sharding import Layout, make_mesh
 from opd_jax.step import Step
@@ -54,6 +55,8 @@ def update(
     formula="trained parameters x 4 bytes",
   )
   kept, layer = _activations(step, rows, window)
+  if Blocks.of(slots, student.layout) is not None:
+    layer += attended(student, rows, slots)
   yield Part(
     name="activations",
     size=kept,
@@ -128,7 +131,8 @@ def update(
       "the two largest activations of a layer"
       if student.remat == "none"
       else "the activations of one layer, recomputed"
-    ),
+    )
+    + ", and blocks of attention",
   )
 
 
@@ -194,7 +198,7 @@ def _residuals(step: Step, model: Model, rows: int, window: int) -> list[int]:
   if model.lora is None:
     trained, _ = model.split_head(trained)
   else:
-    base = unplaced(model.abstract_params(model.compute_dtype))
+    base = unplaced(model.abstract_held())
 
   def backward(trained: Params, base: Params | None, batch: Any) -> Any:
     def run(trained: Params) -> Any:

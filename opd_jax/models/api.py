@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +12,16 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from opd_jax.errors import InputError
-from opd_jax.models import attention, layers, quantize, rope, transformer
+from opd_jax.models import (
+  attention,
+  experts,
+  layers,
+  quantize,
+  rope,
+  transformer,
+)
 from opd_jax.models import lora as lora_lib
-from opd_jax.models.cache import CACHE_AXES, KVCache
+from opd_jax.models.cache import CACHE_AXES, KVCache, attend
 from opd_jax.models.config import ModelConfig
 from opd_jax.models.lora import Lora
 from opd_jax.models.places import Blocks
@@ -89,6 +96,10 @@ class Model:
     """
     shapes = transformer.shapes(self.config, int8=self._int8)
     return self._abstract(shapes, self.logical_axes(), dtype)
+
+  def abstract_held(self) -> Params:
+    """The same of a trained model's weights: float32, unless for adapters."""
+    return self.abstract_params(self.compute_dtype if self.lora else "float32")
 
   def abstract_trained(self) -> Params:
     """The same of what is trained: float32 weights, or adapters alone."""
@@ -295,9 +306,14 @@ class Model:
     view_of = self._views(positions[:, None], seen)
     x = self._embed(params, tokens[:, None])
 
+    # Not cut into layers by the scan: that would copy the experts of a layer,
+    # also those that no token chose.
+    by_layer, kernels = experts.apart(params[transformer.STACKED])
+
     def step(carry, scanned):
       x, keys, values = carry
       weights, layer, local = scanned
+      weights = experts.together(weights, kernels)
       block = self._part({transformer.STACKED: weights}, transformer.STACKED)
       view = view_of(local)
       query, (key, value) = block.attention.project(
@@ -312,18 +328,21 @@ class Model:
         )
         for old, new in ((keys, key), (values, value))
       )
-      here = functools.partial(
-        jax.lax.dynamic_index_in_dim, index=layer, keepdims=False
+      mixed = attend(
+        query,
+        KVCache(keys=keys, values=values, positions=seen),
+        cast(Array, view.visible),
+        layer=layer,
+        slot=slot,
+        layout=self.layout,
+        scalar=block.attention.scalar,
+        cap=block.attention.cap,
       )
-      mixed = block.attention.mix(query, here(keys), here(values), view.visible)
-      return (
-        self._rows(block.finish(x, mixed, self.layout)),
-        keys,
-        values,
-      ), None
+      x = block.finish(x, mixed, self.layout, layer if kernels else None)
+      return (self._rows(x), keys, values), None
 
     scanned = (
-      params[transformer.STACKED],
+      by_layer,
       jnp.arange(self.config.num_layers),
       jnp.asarray(self.config.is_local),
     )
@@ -378,7 +397,7 @@ class Model:
         keys, values = blocks.merge(keys, 2), blocks.merge(values, 2)
         mix = attention.BlockAttention(
           blocks=blocks,
-          layout=self.layout,
+          layout=self.layout.computing(),
           window=self.config.window,
           kinds=frozenset(self.config.local_layers),
           scalar=block.attention.scalar,
@@ -399,10 +418,10 @@ class Model:
     x, kept = jax.lax.scan(step, x, (params[transformer.STACKED], local))
     if blocks is None:
       return x, kept
-    x = blocks.merge(x)
-    x = blocks.collect(x, ("batch", "sequence", None), self.layout)
+    layout = self.layout.computing()
+    x = blocks.collect(blocks.merge(x), ("batch", "sequence", None), layout)
     return x, jax.tree.map(
-      lambda leaf: blocks.collect(leaf, CACHE_AXES, self.layout), kept
+      lambda leaf: blocks.collect(leaf, CACHE_AXES, layout), kept
     )
 
   def _views(

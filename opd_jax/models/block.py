@@ -1,7 +1,7 @@
 """One layer of a decoder, of whatever family."""
 
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from opd_jax.models import experts, layers
 from opd_jax.models.config import ModelConfig
@@ -33,6 +33,7 @@ class Block(nnx.Module):
     x: Float[Array, "B T D"],
     mixed: Float[Array, "B T N H"],
     layout: Layout,
+    layer: Int[Array, ""] | None = None,
   ) -> Float[Array, "B T D"]:
     """The rest of the block, after attention has mixed the values.
 
@@ -40,6 +41,7 @@ class Block(nnx.Module):
       x: what the block was given.
       mixed: the values as the queries mixed them.
       layout: says which device runs which expert.
+      layer: see `experts.Experts`.
     """
     attended = self.attention.output(mixed)
     if self.post_norms:
@@ -47,7 +49,7 @@ class Block(nnx.Module):
     x = x + attended
     out = self.mlp_norm(x)
     if isinstance(self.mlp, experts.Experts):
-      out = self.mlp(out, layout)
+      out = self.mlp(out, layout, layer)
     else:
       out = self.mlp(out)
     if self.post_norms:

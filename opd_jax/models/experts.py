@@ -25,9 +25,10 @@ from opd_jax.models import layers, quantize
 from opd_jax.models.config import Experts as ExpertsConfig
 from opd_jax.models.config import ModelConfig
 from opd_jax.sharding import Axes, Layout
+from opd_jax.types import Params
 
 _MAX_BLOCK = 256
-_MIN_BLOCK = 8
+_MIN_BLOCK = 16
 
 # Where a block of experts keeps its router.
 ROUTER = "router"
@@ -80,9 +81,19 @@ class Experts(nnx.Module):
     self.activation = config.activation
 
   def __call__(
-    self, x: Float[Array, "B T D"], layout: Layout
+    self,
+    x: Float[Array, "B T D"],
+    layout: Layout,
+    layer: Int[Array, ""] | None = None,
   ) -> Float[Array, "B T D"]:
-    """Each token by itself."""
+    """Each token by itself.
+
+    Args:
+      x: tokens.
+      layout: says which device runs which expert.
+      layer: which of all layers' kernels to run, where `gate`, `up` and `down`
+        hold those ([L, E, ...]): so only the experts that are chosen are read.
+    """
     logits = self.router(x).astype(jnp.float32)
     weights, chosen = jax.lax.top_k(
       jax.nn.softmax(logits, axis=-1), self.experts.per_token
@@ -100,25 +111,27 @@ class Experts(nnx.Module):
     spread = len(x) % layout.shards("batch") == 0
     rows = PartitionSpec(apart if spread else None)
     inner = layout.computing()
+    place = functools.partial(_place, inner, stacked=layer is not None)
     places = (
-      _place(inner, gate, None, "ffw"),
-      _place(inner, up, None, "ffw"),
-      _place(inner, down, "ffw", None),
+      place(gate, None, "ffw"),
+      place(up, None, "ffw"),
+      place(down, "ffw", None),
     )
 
-    def local(x: Any, weights: Any, chosen: Any, kernels: Kernels) -> Any:
-      count = jax.tree.leaves(kernels)[0].shape[0]
-      first = jax.lax.axis_index(over) * count
-      mixed = mix(x, weights, chosen - first, kernels, self.activation)
+    def local(
+      x: Any, weights: Any, chosen: Any, kernels: Kernels, layer: Any
+    ) -> Any:
+      first = jax.lax.axis_index(over) * _count(kernels, layer)
+      mixed = mix(x, weights, chosen - first, kernels, self.activation, layer)
       return jax.lax.psum(mixed, over + inner.mesh_axes("ffw"))
 
     return jax.shard_map(
       local,
       mesh=layout.mesh,
-      in_specs=(rows, rows, rows, places),
+      in_specs=(rows, rows, rows, places, PartitionSpec()),
       out_specs=rows,
       check_vma=False,
-    )(x, weights, chosen, kernels)
+    )(x, weights, chosen, kernels, layer)
 
 
 def mix(
@@ -127,6 +140,7 @@ def mix(
   chosen: Int[Array, "B T K"],
   kernels: Kernels,
   activation: str,
+  layer: Int[Array, ""] | None = None,
 ) -> Float[Array, "B T D"]:
   """The weighted sum of the chosen experts that are among these kernels.
 
@@ -134,10 +148,11 @@ def mix(
     x: tokens.
     weights: of the choices.
     chosen: indices of experts; those outside [0, E) add nothing.
-    kernels: of E experts.
+    kernels: of E experts; with a layer, of those of L layers.
     activation: of the gate.
+    layer: whose experts to run; None where the kernels are of one.
   """
-  count, width = jax.tree.leaves(kernels)[0].shape[0], x.shape[-1]
+  count, width = _count(kernels, layer), x.shape[-1]
   tokens = x.reshape(-1, width)
   expert = chosen.reshape(-1)
   expert = jnp.where((expert >= 0) & (expert < count), expert, count)
@@ -145,6 +160,9 @@ def mix(
   block = block_size(choices, count)
   blocks = min(choices, -(-choices // block) + count)
   slots, owner, used = _slots(expert, count, block, blocks)
+  if layer is not None:
+    kernels = jax.tree.map(lambda k: k.reshape(-1, *k.shape[2:]), kernels)
+    owner = owner + layer * count
   # A gather per slot, so that its transpose writes every choice by itself.
   source = (
     jnp.full(blocks * block, choices)
@@ -163,7 +181,7 @@ def mix(
 def block_size(choices: int, experts: int) -> int:
   """Rows of a block: at most about a quarter of an expert's share is padding.
 
-  A power of two in [8, 256].
+  A power of two in [16, 256]: products of TPUs take no fewer rows at a time.
   """
   share = max(choices // (4 * experts), 1)
   return min(max(1 << share.bit_length() - 1, _MIN_BLOCK), _MAX_BLOCK)
@@ -222,7 +240,7 @@ def _run(
       outputs, _mlp(activation, inputs, one), start, 0
     )
 
-  return jax.lax.fori_loop(0, used, step, jnp.zeros_like(rows))
+  return layers.turns(used, len(owner), step, jnp.zeros_like(rows))
 
 
 def _run_forward(
@@ -262,8 +280,8 @@ def _run_backward(
     return to_rows, to_kernels
 
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), kernels)
-  to_rows, to_kernels = jax.lax.fori_loop(
-    0, used, step, (jnp.zeros_like(rows), zeros)
+  to_rows, to_kernels = layers.turns(
+    used, len(owner), step, (jnp.zeros_like(rows), zeros)
   )
   to_kernels = jax.tree.map(
     lambda slope, kernel: slope.astype(kernel.dtype), to_kernels, kernels
@@ -275,16 +293,44 @@ _run.defvjp(_run_forward, _run_backward)
 
 
 def _place(
-  layout: Layout, kernel: Kernel, inputs: str | None, outputs: str | None
+  layout: Layout,
+  kernel: Kernel,
+  inputs: str | None,
+  outputs: str | None,
+  stacked: bool,
 ) -> Any:
   """The place of a kernel, and of its scales."""
+  experts = ("layers", "experts") if stacked else ("experts",)
   if not isinstance(kernel, tuple):
-    return layout.spec(("experts", inputs, outputs), kernel.shape)
+    return layout.spec((*experts, inputs, outputs), kernel.shape)
   values, scale = kernel
   return (
-    layout.spec(("experts", inputs, outputs), values.shape),
-    layout.spec(("experts", outputs), scale.shape),
+    layout.spec((*experts, inputs, outputs), values.shape),
+    layout.spec((*experts, outputs), scale.shape),
   )
+
+
+def _count(kernels: Kernels, layer: Int[Array, ""] | None) -> int:
+  """Experts of a layer."""
+  return jax.tree.leaves(kernels)[0].shape[0 if layer is None else 1]
+
+
+def apart(weights: Params) -> tuple[Params, Params]:
+  """The kernels of all layers' experts, and the other weights of the layers.
+
+  Returns:
+    The other weights, and the part with the kernels; empty without experts.
+  """
+  mlp = weights["mlp"]
+  if ROUTER not in mlp:
+    return weights, {}
+  kernels = {name: part for name, part in mlp.items() if name != ROUTER}
+  return {**weights, "mlp": {ROUTER: mlp[ROUTER]}}, kernels
+
+
+def together(weights: Params, kernels: Params) -> Params:
+  """The inverse of `apart`."""
+  return {**weights, "mlp": {**weights["mlp"], **kernels}}
 
 
 def _of(kernels: Kernels, expert: Int[Array, ""]) -> Kernels:

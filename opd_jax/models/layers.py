@@ -8,6 +8,7 @@ dtype where they are used; norms, rotations and softmax are float32 inside.
 import functools
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +45,27 @@ def product(equation: str, *operands: jax.Array, dtype=None) -> jax.Array:
 def _broadcast(weights: jax.Array, x: jax.Array) -> jax.Array:
   """Leading dimensions of size 1, so that weights fit the last ones of x."""
   return jnp.expand_dims(weights, range(x.ndim - weights.ndim))
+
+
+def turns(
+  count: Int[Array, ""],
+  most: int,
+  body: Callable[[Array, Any], Any],
+  start: Any,
+) -> Any:
+  """`fori_loop(0, min(count, most), body, start)`.
+
+  The bound is in the loop's own condition, where whoever reads the compiled
+  program finds it (`plan.hlo`).
+  """
+
+  def going(state: tuple[Array, Any]) -> Array:
+    return (state[0] < count) & (state[0] < most)
+
+  def turn(state: tuple[Array, Any]) -> tuple[Array, Any]:
+    return state[0] + 1, body(*state)
+
+  return jax.lax.while_loop(going, turn, (jnp.int32(0), start))[1]
 
 
 class RMSNorm(nnx.Module):

@@ -21,7 +21,8 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 # Fields of the config that would change what an adapter computes, and the
-# values that leave it as it is here; those of an absent field are the first.
+# values that leave it as it is here; the first is told. Some ways to start an
+# adapter change the base as well.
 _SUPPORTED: Mapping[str, tuple[Any, ...]] = {
   "peft_type": ("LORA",),
   "bias": ("none",),
@@ -39,7 +40,23 @@ _SUPPORTED: Mapping[str, tuple[Any, ...]] = {
   "rank_pattern": ({}, None),
   "alpha_pattern": ({}, None),
   "alora_invocation_tokens": (None,),
+  "arrow_config": (None,),
+  "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
+  "kasa_config": (None,),
+  "megatron_config": (None,),
+  "monteclora_config": (None,),
+  "task_type": ("CAUSAL_LM", None),
+  "use_bdlora": (None, False),
 }
+# Fields that are read, or do not change what a trained adapter computes.
+_OTHERS = frozenset(
+  """
+  auto_mapping base_model_name_or_path corda_config ensure_weight_tying
+  eva_config inference_mode layers_pattern loftq_config lora_alpha lora_dropout
+  lora_ga_config megatron_core peft_version qalora_group_size r revision
+  runtime_config target_modules velora_config
+  """.split()
+)
 
 
 def tensors(config: ModelConfig, lora: Lora) -> Iterator[hf.Tensor]:
@@ -128,13 +145,16 @@ def read_lora(folder: str | Path, config: ModelConfig) -> Lora:
   """
   file = Path(folder).expanduser() / CONFIG_FILE
   values = hf.read_json(file)
-  for name, supported in _SUPPORTED.items():
-    found = values.get(name, supported[0])
-    if found not in supported:
+  for name, found in values.items():
+    # A field that is not known may change what is computed.
+    supported = _SUPPORTED.get(name, (None,))
+    if name not in _OTHERS and found not in supported:
       raise InputError(
         f"{file}: {name} = {found!r} is not supported, only {supported[0]!r}; "
         "merge the adapter into its base with peft, and name the merged model"
       )
+  if "peft_type" not in values:
+    raise InputError(f"{file} has no peft_type; is it a config of PEFT?")
   rank: Any = values.get("r")
   alpha: Any = values.get("lora_alpha")
   targets = values.get("target_modules")

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from opd_jax import blueprint as blueprint_lib
 from opd_jax import setup
 from opd_jax.blueprint import Blueprint
+from opd_jax.plan import hlo
 from opd_jax.programs import Programs
 from opd_jax.step import Step
 
@@ -196,7 +197,7 @@ def largest(buffers: str, text: str) -> tuple[tuple[int, str], ...]:
   biggest = sorted(places.items(), key=lambda item: -item[0][0])[:_LARGEST]
   sources = dict(_SOURCE.findall(text)) if biggest else {}
   return tuple(
-    (size, f"{shape} {sources.get(name, name)}")
+    (size, f"{shape} {hlo.scope_of(sources.get(name, name))}")
     for (size, _), (name, shape) in biggest
   )
 

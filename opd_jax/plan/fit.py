@@ -65,11 +65,7 @@ def count(
     config.batch.prompts,
     config.data.max_prompt_tokens,
     blueprint.teacher_window,
-    same_weights=config.reference
-    in (
-      config.teacher,
-      *(other.source for other in blueprint.domain_teachers),
-    ),
+    shared=blueprint.shared,
   )
   return Counted(
     blueprint=blueprint,

@@ -21,11 +21,11 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from opd_jax.plan import fusions
 from opd_jax.plan.hlo_text import (
   Computation,
   Instruction,
   Module,
-  Shape,
   group,
   parse,
 )
@@ -49,13 +49,6 @@ _FREE_CALLS = (
   "ConcatBitcast",
   "Sharding",
 )
-# What hands an array on as it is, to see where it comes from or goes.
-_SAME = {"bitcast", "opt-barrier", "optimization-barrier", "reshape"}
-_CAST = {"convert", "copy", "transpose"}
-_TAKES = {"dynamic-slice", "gather", "slice"}
-# What sets a part of its first operand, and the operand that is set.
-_SETS = {"dynamic-update-slice": 1, "scatter": 2}
-
 # A value of so few elements is an index, or as cheap as one.
 _FEW = 16
 
@@ -63,13 +56,11 @@ _SCOPE = re.compile(r"(?:[^/\"(]|\((?:[^()]|\([^()]*\))*\))+")
 _NO_SCOPE = re.compile(r"(jit\(|pjit\(|(closed_call|while|body|cond)$)")
 
 
-def analyse(text: str, turns: Mapping[str, int] | None = None) -> Loop:
+def analyse(text: str) -> Loop:
   """The program as a tree of loops.
 
   Args:
-    text: of the optimised module: `compiled.as_text()`.
-    turns: of loops whose number the compiler cannot know, by scope: those of
-      the outermost loop inside it.
+    text: of the optimised module: `compiled.as_text()`, or a dump.
 
   Raises:
     ValueError: the text is no optimised HLO module.
@@ -79,27 +70,15 @@ def analyse(text: str, turns: Mapping[str, int] | None = None) -> Loop:
     index: _Array(name=parameter.name, fixed=True)
     for index, parameter in module.entry.parameters.items()
   }
-  program = _Body(module, module.entry, arguments).loop(
+  return _Body(module, module.entry, arguments).loop(
     scope="", name="", turns=1, carried=frozenset(_names(arguments.values()))
   )
-  for scope, count in (turns or {}).items():
-    found = program.find(scope)
-    if found is not None:
-      program = _with_turns(program, found, count)
-  return program
 
 
 def scope_of(op_name: str) -> str:
   """The scopes of a JAX name, without what its loops and calls add."""
   names = _SCOPE.findall(op_name)
   return "/".join(name for name in names if not _NO_SCOPE.match(name))
-
-
-def _with_turns(loop: Loop, found: Loop, count: int) -> Loop:
-  if loop is found:
-    return dataclasses.replace(loop, turns=count)
-  loops = tuple(_with_turns(inner, found, count) for inner in loop.loops)
-  return dataclasses.replace(loop, loops=loops)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -195,8 +174,16 @@ class _Body:
         return operands[0]
       case "while":
         return self._while(instruction, operands[0])
-      case "call" | "async-start":
-        return self._call(instruction.called[0], operands)
+      case "call":
+        return self._call(instruction, operands)
+      case "async-start" if operands:
+        return self._call(instruction, operands)
+      case "async-update" if len(operands) > 1:
+        # Started without operands; they come with the update.
+        start = self.computation.instructions[instruction.operands[0]]
+        return self._call(start, operands[1:])
+      case "async-start":
+        return _Array(name=instruction.name, fixed=False)
       case "conditional":
         return self._conditional(instruction, operands)
       case "copy-done" | "async-done" | "async-update":
@@ -217,7 +204,7 @@ class _Body:
     found = _Body(self.module, body, {0: arguments})
     turns = instruction.trips
     if turns is None:
-      turns = _turns(condition, body, start)
+      turns = _turns(self.module, condition, body, start)
     self.loops.append(
       found.loop(
         scope=scope_of(instruction.op_name),
@@ -228,8 +215,10 @@ class _Body:
     )
     return arguments
 
-  def _call(self, name: str, operands: Sequence[_Value]) -> _Value:
-    computation = self.module.computations[name]
+  def _call(
+    self, instruction: Instruction, operands: Sequence[_Value]
+  ) -> _Value:
+    computation = self.module.computations[instruction.called[0]]
     inner = _Body(self.module, computation, dict(enumerate(operands)))
     self._take(inner)
     return inner.values[computation.root]
@@ -293,7 +282,7 @@ class _Body:
       for array in itertools.islice(_arrays(self.values[name]), 1)
     )
     written, updated, results = 0, 0, []
-    for shape, target, part in _results(
+    for shape, target, part in fusions.results(
       self.module, self.computation, instruction
     ):
       if target is None:
@@ -319,10 +308,12 @@ class _Body:
   def _read(self, instruction: Instruction, name: str, whole: int) -> int:
     """Bytes that an operation reads of an operand of `whole` bytes."""
     opcode = instruction.opcode.removesuffix("-start")
-    if opcode in _SETS and name == instruction.operands[0]:
+    if opcode in fusions.SETS and name == instruction.operands[0]:
       return 0
-    if opcode in _TAKES or opcode == "fusion":
-      return _taken(self.module, self.computation, instruction, name, whole)
+    if opcode in fusions.TAKES or opcode == "fusion":
+      return fusions.taken(
+        self.module, self.computation, instruction, name, whole
+      )
     return whole
 
   def _size(self, name: str) -> int:
@@ -334,103 +325,6 @@ class _Body:
     """Whether a value is a number or a few: an index, not data."""
     shapes = self.computation.instructions[name].shapes
     return sum(math.prod(shape.sizes) for shape in shapes) <= _FEW
-
-
-def _taken(
-  module: Module,
-  computation: Computation,
-  user: Instruction,
-  name: str,
-  whole: int,
-  partly_set: bool = False,
-) -> int:
-  """Bytes that a user reads of an array of `whole` bytes."""
-  first = user.operands.index(name) == 0
-  opcode = user.opcode.removesuffix("-start")
-  shape = computation.instructions[name].shapes[0]
-  if opcode in _TAKES and first and user.operands.count(name) == 1:
-    # Of an asynchronous slice the result is behind the operand.
-    taken = user.shapes[1 if user.opcode.endswith("-start") else 0]
-    return min(whole, taken.elements * shape.bits // 8)
-  if opcode in _SETS and first:
-    return _used(module, computation, user, whole, True)
-  if opcode in _SAME or (opcode in _CAST and not partly_set):
-    return _used(module, computation, user, whole, partly_set)
-  if opcode == "tuple" and partly_set:
-    return 0
-  if opcode == "fusion":
-    inner = module.computations[user.called[0]]
-    parameters = (
-      inner.parameters[index]
-      for index, operand in enumerate(user.operands)
-      if operand == name
-    )
-    return min(whole, sum(_used(module, inner, p, whole) for p in parameters))
-  return whole
-
-
-def _used(
-  module: Module,
-  computation: Computation,
-  value: Instruction,
-  whole: int,
-  partly_set: bool = False,
-) -> int:
-  """Bytes of `whole` that all users of a value inside a fusion read."""
-  if value.name == computation.root:
-    return 0 if partly_set else whole
-  users = computation.users.get(value.name, ())
-  return min(
-    whole,
-    sum(
-      _taken(module, computation, user, value.name, whole, partly_set)
-      for user in users
-    ),
-  )
-
-
-def _results(
-  module: Module, computation: Computation, instruction: Instruction
-) -> list[tuple[Shape, int | None, int]]:
-  """Shapes; operands that are set in place, or None; bytes that are set."""
-  opcode, shapes = instruction.opcode, instruction.shapes
-  if opcode == "fusion":
-    inner = module.computations[instruction.called[0]]
-    root = inner.instructions[inner.root]
-    roots = root.operands if root.opcode == "tuple" else (root.name,)
-    if len(roots) == len(shapes):
-      found = [_set_in_place(module, inner, name) for name in roots]
-      return [(s, *f) for s, f in zip(shapes, found, strict=True)]
-  if opcode in _SETS:
-    part = computation.instructions[instruction.operands[_SETS[opcode]]]
-    return [(shapes[0], 0, part.shapes[0].size)]
-  if opcode == "copy-start":
-    shapes = shapes[:1]
-  elif opcode.endswith("-start") and len(shapes) > 1:
-    shapes = shapes[1:2]
-  return [(shape, None, 0) for shape in shapes]
-
-
-def _set_in_place(
-  module: Module, computation: Computation, name: str
-) -> tuple[int | None, int]:
-  """The parameter that a result of a fusion is, but for bytes that are set."""
-  value, part = computation.instructions[name], 0
-  while value.opcode in _SAME or value.opcode in _SETS:
-    if value.opcode in _SETS:
-      update = value.operands[_SETS[value.opcode]]
-      part += computation.instructions[update].shapes[0].size
-    value = computation.instructions[value.operands[0]]
-  if value.opcode == "fusion":
-    inner = module.computations[value.called[0]]
-    index, inner_part = _set_in_place(module, inner, inner.root)
-    if index is not None:
-      operand = value.operands[index]
-      index, more = _set_in_place(module, computation, operand)
-      return index, part + inner_part + more
-  if value.opcode == "parameter" and part:
-    return value.index, part
-  return None, 0
 
 
 def _collectives(
@@ -466,7 +360,7 @@ def _changed(body: Computation) -> set[int]:
   changed = set()
   for index, name in enumerate(root.operands):
     value = body.instructions[name]
-    while value.opcode in _SAME or value.opcode == "copy":
+    while value.opcode in fusions.SAME or value.opcode == "copy":
       value = body.instructions[value.operands[0]]
     if value.opcode != "get-tuple-element" or value.index != index:
       changed.add(index)
@@ -474,24 +368,63 @@ def _changed(body: Computation) -> set[int]:
 
 
 def _turns(
-  condition: Computation, body: Computation, start: _Value
+  module: Module, condition: Computation, body: Computation, start: _Value
 ) -> int | None:
-  """How often a loop runs that counts up to a constant; None if it does not."""
-  test = condition.instructions[condition.root]
-  if test.opcode != "compare" or "direction=LT" not in test.attributes:
-    return None
-  counter, bound = (condition.instructions[name] for name in test.operands)
-  if counter.opcode != "get-tuple-element":
-    return None
-  advance = body.instructions[
-    body.instructions[body.root].operands[counter.index]
-  ]
-  steps = [_number(body.instructions[name], start) for name in advance.operands]
-  known = [step for step in steps if step is not None]
-  first, last = _number(counter, start), _number(bound, start)
-  if advance.opcode != "add" or first is None or last is None or not known:
-    return None
-  return max(0, -(-(last - first) // known[-1]))
+  """How often a loop runs at most that counts to a constant; None if unknown.
+
+  A counter whose start cannot be seen starts at 0, one whose step cannot be
+  seen goes by 1.
+  """
+  found = []
+  root = body.instructions[body.root]
+  for counter, bound in _bounds(module, condition, condition.root, ()):
+    last = _number(bound, start)
+    if counter.opcode != "get-tuple-element" or last is None:
+      continue
+    step = 1
+    advance = body.instructions[root.operands[counter.index]]
+    if advance.opcode == "add":
+      added = (_number(body.instructions[n], start) for n in advance.operands)
+      step = next((n for n in reversed([*added]) if n), 1)
+    first = _number(counter, start) or 0
+    found.append(max(0, -(-(last - first) // step)))
+  return min(found, default=None)
+
+
+def _bounds(
+  module: Module,
+  computation: Computation,
+  name: str,
+  operands: Sequence[Instruction],
+) -> Iterator[tuple[Instruction, Instruction]]:
+  """Pairs of which the first must be less than the second for a loop to go on.
+
+  Args:
+    module: the program.
+    computation: the condition, or a fusion in it.
+    name: of a boolean.
+    operands: of the fusion.
+  """
+
+  def look(name: str) -> Instruction:
+    value = computation.instructions[name]
+    while value.opcode in fusions.SAME:
+      value = computation.instructions[value.operands[0]]
+    if value.opcode == "parameter" and operands:
+      return operands[value.index]
+    return value
+
+  value = look(name)
+  if value.opcode == "and":
+    for operand in value.operands:
+      yield from _bounds(module, computation, operand, operands)
+  elif value.opcode == "fusion":
+    inner = module.computations[value.called[0]]
+    outer = [look(operand) for operand in value.operands]
+    yield from _bounds(module, inner, inner.root, outer)
+  elif value.opcode == "compare" and "direction=LT" in value.attributes:
+    smaller, larger = (look(operand) for operand in value.operands)
+    yield smaller, larger
 
 
 def _number(value: Instruction, start: _Value) -> int | None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from opd_jax.memory import Part, size_text
+from opd_jax.plan import hlo
 from opd_jax.plan.compiling import Account, Compiled, Overflow
 from opd_jax.plan.fit import Counted
 from opd_jax.plan.remedies import Remedy
@@ -262,8 +263,9 @@ def _estimated(report: Report, parts: Sequence[Part]) -> Iterator[str]:
     f"{'fits' if report.fits else 'does NOT fit'} by this count: "
     f"~{size_text(total)} of {size_text(memory)}, "
     f"{100 * total / memory:.0f} %"
-    + ("" if counted.topology.is_tpu else "; GPUs are never compiled for here")
   )
+  if not counted.topology.is_tpu:
+    yield "GPUs are never compiled for here: all of this is counted"
 
 
 def _overflow(report: Report, overflow: Overflow) -> Iterator[str]:
@@ -323,7 +325,7 @@ def _decoding(decoding: Decoding) -> Iterator[str]:
     if move.excess > _EXCESS * decoding.moved:
       yield (
         f"  {size_text(move.excess)} more than it must: "
-        f"{move.operation.source or move.operation.name}"
+        f"{hlo.scope_of(move.operation.source) or move.operation.name}"
       )
   if decoding.gathers:
     yield "WEIGHTS ARE GATHERED IN THE DECODE LOOP:"

@@ -91,8 +91,7 @@ def of(counted: Counted, texts: Sequence[str]) -> Speed:
     teacher_window=counted.blueprint.teacher_window,
   )
   mesh = dict(step.scorer.student.layout.mesh.shape)
-  # The first token of a row is drawn from the prefill.
-  programs = [hlo.analyse(text, {DECODE_LOOP: length - 1}) for text in texts]
+  programs = [hlo.analyse(text) for text in texts]
   if programs:
     slow = ("replica", "fsdp") if counted.topology.slices > 1 else ()
     if slow and mesh["replica"] % counted.topology.slices == 0:

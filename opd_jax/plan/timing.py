@@ -237,7 +237,7 @@ def estimated(
   parts = step.micro_batches * step.mini_batches
   passes = parts * step.epochs
 
-  held = student.abstract_params()
+  held, trained = student.abstract_held(), student.abstract_trained()
   copy = shard_bytes(decoder.abstract_params(decoder.compute_dtype))
   slots = window + step.sampling.max_new_tokens
   filled = shard_bytes(cache(decoder, rows, slots))
@@ -260,11 +260,12 @@ def estimated(
       own = teacher_window
     score += _forward(model, tokens, own + drawn, drawn).times(passes)
 
-  # A backward pass is two forward ones, and "full" runs one more.
-  again = 4.0 if student.remat == "full" else 3.0
+  # A backward pass is one or two forward ones, and "full" runs one more.
+  again = 1.0 + flops.BACKWARD[student.lora is not None]
+  again += student.remat == "full"
   forward = _forward(student, tokens, window + drawn, drawn).times(passes)
-  gradient = shard_bytes(held) * student.layout.shards("embed")
-  state = shard_bytes((step.abstract_state().optimizer, held))
+  gradient = shard_bytes(trained) * student.layout.shards("embed")
+  state = shard_bytes((step.abstract_state().optimizer, trained))
   update = forward.times(again) + Work(
     hbm=passes * 2 * gradient + 2 * step.mini_batches * step.epochs * state,
     links=passes * gradient * _rest(step, "embed"),

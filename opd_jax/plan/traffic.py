@@ -111,7 +111,8 @@ class Loop:
   Attributes:
     scope: names that JAX gave around it, joined by "/".
     name: of the instruction; "" for the program.
-    turns: 1 for the program; None where the compiler does not know.
+    turns: at most, since a condition may end it early; 1 for the program, None
+      where the condition has no bound.
     operations: of one turn, without those of the loops inside.
     collectives: likewise.
     loops: inside it.

@@ -9,32 +9,13 @@ from opd_jax.step import Step
 
 def inspect(setup: Setup, step: Step) -> Section:
   """Estimates the memory of a step and compares it with a device's."""
-  config = setup.config
-  sources = {
-    "teacher": config.teacher,
-    **{
-      f"teacher {number}": other.source
-      for number, other in enumerate(setup.domain_teachers, start=2)
-    },
-    "reference": config.reference,
-  }
-  base = config.student.as_frozen() if config.student.lora else None
   found = memory.estimate(
     step,
     setup.config.batch.prompts,
     setup.config.data.max_prompt_tokens,
     setup.prompts.teacher_window,
     _evaluation(setup, step),
-    same_weights=config.reference
-    in (
-      config.teacher,
-      *(other.source for other in setup.domain_teachers),
-    ),
-    base_roles=[
-      role
-      for role, source in sources.items()
-      if base is not None and source == base
-    ],
+    shared=setup.shared,
   )
   rows = [
     (

@@ -3,11 +3,13 @@
 import collections
 import json
 
+import jax
 import numpy as np
 import pytest
 
-from opd_jax import tokenizer
+from opd_jax import processes, tokenizer
 from opd_jax.config import DataConfig, SourceConfig, TemplateConfig
+from opd_jax.data import files
 from opd_jax.data.prompts import PromptReport, Prompts
 from opd_jax.errors import InputError
 from tests.data.letters import Letters, write_rows
@@ -211,3 +213,57 @@ def test_ids_and_texts_that_no_model_can_read(tmp_path):
   bad.write_text('{"text": "a"}\n{"text": "a \\ud800"}\n')
   with pytest.raises(InputError, match=r"line 2: field 'text' is not valid"):
     make_prompts(str(bad))
+
+
+def shared(monkeypatch, count):
+  """Makes one process do the shares of many; counts the rows each parses."""
+  parsed = []
+  loads = json.loads
+
+  def exchange(make):
+    found = []
+    for index in range(count):
+      monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+      parsed.append(0)
+      found.append(make())
+    return found
+
+  def counted(text):
+    parsed[-1] += 1
+    return loads(text)
+
+  monkeypatch.setattr(jax, "process_count", lambda: count)
+  monkeypatch.setattr(processes, "exchange", exchange)
+  monkeypatch.setattr(files.json, "loads", counted)
+  return parsed
+
+
+@pytest.mark.parametrize("rows", [None, 7, 2])
+def test_processes_read_a_share_each(letters, monkeypatch, rows):
+  """Of the first rows, if `rows` says so; some may have none."""
+  options = {"source": {"rows": rows}}
+  alone = make_prompts(letters, **options)
+  expected = [next(alone) for _ in range(3)]
+  parsed = shared(monkeypatch, 4)
+  together = make_prompts(letters, **options)
+  total = rows or 10
+  assert sum(parsed) == total
+  assert max(parsed) - min(parsed) <= 1
+  assert together.report == alone.report
+  assert together.get_state() == make_prompts(letters, **options).get_state()
+  for batch in expected:
+    found = next(together)
+    assert found.rows == batch.rows
+    np.testing.assert_array_equal(found.tokens, batch.tokens)
+    np.testing.assert_array_equal(found.lengths, batch.lengths)
+
+
+def test_a_share_names_its_rows_as_the_whole_does(tmp_path, monkeypatch):
+  path = write_rows(tmp_path / "rows.jsonl", ["a", "b", "c", "d" * 9])
+  with pytest.raises(InputError) as alone:
+    make_prompts(path, overlong="error")
+  shared(monkeypatch, 2)
+  with pytest.raises(InputError) as together:
+    make_prompts(path, overlong="error")
+  assert "line 4" in str(alone.value)
+  assert str(together.value) == str(alone.value)

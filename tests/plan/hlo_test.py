@@ -22,13 +22,13 @@ ALONG_A = (0, 2, 4, 6)
 
 @pytest.fixture(scope="module")
 def decode():
-  program = hlo.analyse(TPU, {"decode_loop": 100})
+  program = hlo.analyse(TPU)
   assert [loop.scope for loop in program.walk()] == [
     "",
     "decode_loop",
     "decode_loop",
   ]
-  assert [loop.turns for loop in program.walk()] == [1, 100, 3]
+  assert [loop.turns for loop in program.walk()] == [1, None, 3]
   return program.find("decode_loop")
 
 
@@ -91,6 +91,52 @@ def test_scopes_are_those_that_people_wrote():
   assert hlo.scope_of(name) == "rollout/decode_loop/x"
   name = "jit(f)/transpose(jvp(gradient))/while/body/a,b->c/dot_general"
   assert hlo.scope_of(name) == "transpose(jvp(gradient))/a,b->c/dot_general"
+
+
+ASYNC = """\
+HloModule jit_f, num_partitions=1
+
+%inside (p: f32[32,128], q: s32[32]) -> f32[32,128] {
+  %p = f32[32,128]{1,0} parameter(0)
+  %q = s32[32]{0} parameter(1)
+  ROOT %g = f32[32,128]{1,0} gather(%p, %q), slice_sizes={1,128}
+}
+
+ENTRY %main (a: f32[32,128], b: s32[32]) -> f32[32,128] {
+  %a = f32[32,128]{1,0} parameter(0)
+  %b = s32[32]{0} parameter(1)
+  START
+  ROOT %d = f32[32,128]{1,0} async-done(%u)
+}
+"""
+
+
+@pytest.mark.parametrize(
+  "start",
+  [
+    "%s = ((), (), u32[]) async-start(), calls=%inside\n"
+    "  %u = ((), f32[32,128]{1,0}, u32[]) async-update(%s, %a, %b)",
+    "%u = ((), f32[32,128]{1,0}, u32[]) async-start(%a, %b), calls=%inside",
+  ],
+)
+def test_work_beside_other_work_counts_once(start):
+  """Also where it is started first and given its operands later."""
+  program = hlo.analyse(ASYNC.replace("START", start))
+  assert program.bytes_per_turn() == 2 * 32 * 128 * 4 + 32 * 4
+
+
+def test_a_bound_beside_another_condition():
+  """Of turns that end early the bound is known, those of rows are not."""
+  last = "  ROOT %lt = pred[]{:T(512)} compare(%j, %bound), direction=LT"
+  both = (
+    "  %lt = pred[]{:T(512)} compare(%j, %bound), direction=LT\n"
+    '  %more.1 = pred[]{:T(512)} custom-call(), custom_call_target="Sharding"\n'
+    "  ROOT %both = pred[]{:T(512)} and(%more.1, %lt)"
+  )
+  text = TPU.replace(last, both)
+  assert text != TPU
+  (layers,) = hlo.analyse(text).find("decode_loop").loops
+  assert layers.turns == 3
 
 
 def test_text_that_is_no_module():

@@ -6,10 +6,19 @@ import os
 
 import pytest
 
-from opd_jax import cli, memory
-from opd_jax.plan import compiling, topology
+from opd_jax import cli, memory, parsing
+from opd_jax.config import RunConfig
+from opd_jax.models import published
+from opd_jax.plan import compiling, fit, remedies, topology
 
 LIBTPU = importlib.util.find_spec("libtpu") is not None
+
+
+def compiles(test):
+  """Marks a test that needs the TPU compiler, and its time."""
+  skip = pytest.mark.skipif(not LIBTPU, reason="libtpu is not installed")
+  return pytest.mark.slow(skip(test))
+
 
 TINY = {
   "model_type": "qwen3",
@@ -95,6 +104,7 @@ def test_gpus_are_counted(run, capfd):
   assert plan(run, "--topology=h100:1x4") == 0
   told = capfd.readouterr().out
   assert "GPUs are never compiled for here" in told
+  assert "fits by this count" in told
   # The names of files and models come first.
   assert all(len(line) <= 80 for line in told.splitlines()[2:])
 
@@ -177,7 +187,7 @@ allocation 3: size 3670016, color 1, page 0, preallocated-temp:
  value: <8 slice.1 @1> (size=262144,offset=2097152): f32[64,1024]{1,0}
 """
 TEXT = """\
-  %fusion.7 = f32[8,128]{1,0} fusion(%p), metadata={op_name="jit(train)/mul"}
+  %fusion.7 = f32[8,128] fusion(%p), metadata={op_name="jit(train)/a/mul"}
 """
 
 
@@ -185,10 +195,10 @@ def test_temporaries_are_named():
   """Once per place, without arguments and on-chip memory."""
   (first, what), (second, _) = compiling.largest(BUFFERS, TEXT)
   assert (first, second) == (4096, 512)
-  assert what == "f32[8,128] jit(train)/mul"
+  assert what == "f32[8,128] a/mul"
 
 
-@pytest.mark.skipif(not LIBTPU, reason="libtpu is not installed")
+@compiles
 def test_compiled_for_a_slice(run, capfd):
   """The account of the compiler itself, and its program's loops."""
   file = run / "compiled.json"
@@ -210,24 +220,71 @@ def test_compiled_for_a_slice(run, capfd):
   assert kinds & {"all-gather", "all-reduce", "reduce-scatter"}
 
 
-@pytest.mark.skipif(not LIBTPU, reason="libtpu is not installed")
-def test_what_does_not_fit_is_mended_and_compiled_again(run, capfd):
+@compiles
+def test_what_does_not_fit_is_mended_and_compiled_again(
+  run, capfd, monkeypatch
+):
+  monkeypatch.setattr(remedies, "WANTED", 1)
   file = run / "mended.json"
-  assert plan(run, *TOO_LARGE, f"--json={file}") == 1
+  # 131,072 rows a device have a cache of 16 GiB, on any mesh of 4 devices.
+  too_large = (
+    "--config.batch.prompts=262144",
+    "--config.batch.micro_batches=256",
+  )
+  assert plan(run, *too_large, f"--json={file}") == 1
   out, _ = capfd.readouterr()
   assert "does NOT fit: program train needs" in out
   assert "of 15.8 GiB, says the compiler" in out
   figures = json.loads(file.read_text())
   assert figures["overflow"]["used"] > figures["memory_bytes"]
   assert not figures["fits"]
+  (remedy,) = figures["remedies"]
+  assert remedy["fits"]
+  assert remedy["overrides"] == ["batch.prompts=131072"]
+  assert remedy["alters"] == "half of batch.prompts"
+  assert remedy["total_bytes"] <= figures["memory_bytes"]
+  assert "--config.batch.prompts=131072  (half of batch.prompts)" in out
 
 
-# One row of a micro-batch has 4 heads x 16384^2 scores to keep.
-TOO_LARGE = (
-  "--config.sampling.max_new_tokens=16384",
-  "--config.batch.prompts=512",
-)
+def test_changes_are_ranked_and_tried_in_order(run):
+  """Single ones that compute the same first; never what does not divide."""
+  location = str(run / "run.py")
+  where = topology.parse("v5e-4")
+
+  def load(more):
+    return parsing.load(RunConfig, location, ["batch.prompts=16384", *more])
+
+  def count(config):
+    return fit.count(config, where, published.architecture)
+
+  counted = count(load(()))
+  assert counted.estimate.total > counted.memory
+  tried = []
+
+  def compile_(changed, change):
+    tried.append(change)
+    needed = 0 if len(tried) % 2 else 2 * counted.memory
+    account = compiling.Account(
+      name="train",
+      arguments=needed,
+      temporaries=0,
+      results=0,
+      code=0,
+      text=None,
+      largest=(),
+    )
+    return compiling.Compiled(
+      step=changed.step, accounts=(account,), overflow=None, seconds=0.0
+    )
+
+  needed = counted.estimate.total
+  found = remedies.find(load, counted, needed, count, compile_)
+  assert [one.fits for one in found] == [True, False, True, False, True]
+  assert tried[0].overrides == ("batch.micro_batches=16",)
+  kinds = [(len(one.keys), bool(one.alters)) for one in tried]
+  assert kinds == sorted(kinds)
+  assert len({one.keys for one in tried}) == len(tried)
 
 
-def test_size_text():
+def test_sizes_for_people():
   assert memory.size_text(3 * GIB // 2) == "1.5 GiB"
