@@ -88,8 +88,8 @@ def find(
   Returns:
     What was compiled, in its order; at most `WANTED` of it fit.
   """
-  # What the compiler adds to the count, it adds to the others too.
-  scale = max(needed / counted.estimate.total, 1.0)
+  # By as much as the count is wrong here, it is wrong for the others.
+  scale = needed / counted.estimate.total
   found: list[Remedy] = []
   for change, changed in ranked(load, counted, scale, count):
     compiled = compile_(changed, change)
