@@ -43,7 +43,8 @@ def run(arguments: Sequence[str]) -> int:
   flags.DEFINE_boolean(
     "remedies",
     True,
-    "where it does not fit, look for changes with which it does",
+    "where it does not fit, look for changes with which it does, and compile "
+    "them; --noremedies does not",
     **options,
   )
   flags.DEFINE_string("json", None, "file to write the figures to", **options)
@@ -64,6 +65,11 @@ def run(arguments: Sequence[str]) -> int:
   def load(more: Sequence[str]) -> RunConfig:
     return parsing.load(RunConfig, location, [*overrides, *more])
 
+  if "teacher" not in parsing.read(location):
+    raise InputError(
+      f"{location} names no teacher, and plan is for the configs of train; "
+      "give one of these, such as configs/pods/qwen3_1_7b_from_8b.py"
+    )
   config = load(())
   name = values.topology or config.topology
   if name is None:

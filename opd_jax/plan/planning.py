@@ -52,6 +52,7 @@ def plan(
     if with_remedies and not compiled.fits(counted.memory):
       overflow = compiled.overflow
       needed = overflow.used if overflow is not None else compiled.total
+      _console().print("looking for changes with which it fits")
       found = remedies.find(
         load,
         counted,
@@ -79,10 +80,14 @@ def _compile(counted: Counted, what: str) -> Compiled:
 @contextlib.contextmanager
 def _telling(what: str) -> Iterator[None]:
   """A moving line on a terminal, else a plain one."""
-  console = rich.console.Console(stderr=True, markup=False, highlight=False)
+  console = _console()
   if console.is_terminal:
     with console.status(what):
       yield
     return
   console.print(what, soft_wrap=True)
   yield
+
+
+def _console() -> rich.console.Console:
+  return rich.console.Console(stderr=True, markup=False, highlight=False)

@@ -2,12 +2,16 @@
 
 import importlib.util
 import json
+import math
 import os
+import types
 
 import pytest
+from jax.experimental import topologies
 
 from opd_jax import cli, memory, parsing
 from opd_jax.config import RunConfig
+from opd_jax.errors import InputError
 from opd_jax.models import published
 from opd_jax.plan import compiling, fit, remedies, topology
 
@@ -107,6 +111,21 @@ def test_gpus_are_counted(run, capfd):
   assert "fits by this count" in told
   # The names of files and models come first.
   assert all(len(line) <= 80 for line in told.splitlines()[2:])
+
+
+def test_a_config_of_sft_is_refused(run, capfd):
+  assert cli.main(["plan", "--config=configs/arith_sft.py", "--analytic"]) == 2
+  assert "plan is for the configs of train" in capfd.readouterr().err
+
+
+def test_without_the_compiler_it_says_what_to_install(run, capfd, monkeypatch):
+  def missing(**options):
+    raise RuntimeError("no libtpu")
+
+  monkeypatch.setattr(topologies, "get_topology_desc", missing)
+  assert plan(run) == 2
+  error = capfd.readouterr().err.splitlines()[-1]
+  assert 'pip install "opd-jax[plan]"; --analytic' in error
 
 
 @pytest.mark.parametrize(
@@ -273,37 +292,75 @@ def test_what_does_not_fit_is_mended(run, capfd, monkeypatch):
   assert remedy["alters"] == "half of batch.prompts"
   assert "--config.batch.prompts=81920  (half of batch.prompts)" in out
   assert [one.batch.prompts for one in changed] == [163840, 81920]
-  assert err.splitlines()[1:] == [
-    "compiling --config.batch.prompts=81920 for v5e:2x2"
+  assert err.splitlines() == [
+    "compiling the step for v5e:2x2",
+    "looking for changes with which it fits",
+    "compiling --config.batch.prompts=81920 for v5e:2x2",
   ]
 
 
 def test_changes_are_ranked_and_tried_in_order(run):
   """Single ones that compute the same first; never what does not divide."""
   location = str(run / "run.py")
-  where = topology.parse("v5e-4")
+  space = types.SimpleNamespace
 
   def load(more):
-    return parsing.load(RunConfig, location, ["batch.prompts=16384", *more])
+    return parsing.load(RunConfig, location, more)
 
   def count(config):
-    return fit.count(config, where, published.architecture)
+    """12 GiB and what is kept of the rows of a micro-batch."""
+    batch, mesh = config.batch, config.mesh.sizes
+    if batch.micro_batches > 8:
+      raise InputError("rows of a micro-batch")
+    rows = batch.prompts / batch.micro_batches / 64
+    kept = 2 if config.student.remat == "full" else 8
+    held = 1 if config.teacher.weight_dtype == "int8" else 2
+    return space(
+      blueprint=space(config=config),
+      memory=16 * GIB,
+      estimate=space(total=int((10 + held + kept * rows) * GIB)),
+      step=space(
+        scorer=space(student=space(layout=space(mesh=space(shape=mesh))))
+      ),
+    )
 
-  counted = count(load(()))
-  assert counted.estimate.total > counted.memory
-  tried = []
+  counted, tried = count(load(())), []
 
   def compile_(changed, change):
     tried.append(change)
-    return compiled(changed.step, 0 if len(tried) % 2 else 2 * counted.memory)
+    return compiled(None, 0 if len(tried) % 2 else 2 * changed.memory)
 
   needed = counted.estimate.total
   found = remedies.find(load, counted, needed, count, compile_)
   assert [one.fits for one in found] == [True, False, True, False, True]
-  assert tried[0].overrides == ("batch.micro_batches=16",)
+  assert [one.overrides for one in tried[:3]] == [
+    ("batch.micro_batches=8",),
+    ("student.remat=full",),
+    ("batch.prompts=32",),
+  ]
   kinds = [(len(one.keys), bool(one.alters)) for one in tried]
   assert kinds == sorted(kinds)
   assert len({one.keys for one in tried}) == len(tried)
+
+
+def test_meshes_cover_the_same_devices(run):
+  config = parsing.load(RunConfig, str(run / "run.py"))
+  where = topology.parse("v5e-4")
+  counted = fit.count(config, where, published.architecture)
+  meshes = [
+    change.overrides
+    for change in remedies.changes(config, counted)
+    if change.keys == {"mesh"}
+  ]
+  assert ("mesh.fsdp=4", "mesh.tensor=1") in meshes
+  assert ("mesh.fsdp=1", "mesh.context=2") in meshes
+  sizes = {**config.mesh.sizes}
+  for overrides in meshes:
+    changed = dict(one.removeprefix("mesh.").split("=") for one in overrides)
+    total = math.prod(
+      {**sizes, **{k: int(v) for k, v in changed.items()}}.values()
+    )
+    assert total == where.devices
 
 
 def test_sizes_for_people():
