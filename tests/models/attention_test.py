@@ -193,8 +193,8 @@ def test_memory_grows_with_the_slots_and_falls_with_context(monkeypatch):
   in_blocks = _temporaries({})
   spread = _temporaries({"context": 4})
   assert spread < 0.4 * in_blocks
-  # Recomputed layers keep no masks of blocks, 20 MiB of them.
-  assert _temporaries({}, remat="full") < 0.9 * in_blocks
+  # Recomputed layers keep no masks of blocks: with them it was 75 MiB.
+  assert _temporaries({}, remat="full") < 60 * 2**20
   monkeypatch.setattr(places, "MAX_BLOCK", 10**6)
   # Scores of 2 rows and 4 heads, kept in 3 layers.
   whole = _temporaries({})
