@@ -191,6 +191,9 @@ def _forward(
     mixed = (mixed / total[..., None]).astype(values.dtype)
     return tiles.untile(mixed), top + jnp.log(total)
 
+  # Else rematerialisation would keep the masks of all pairs of blocks, which do
+  # not depend on what it recomputes.
+  query, places = jax.lax.optimization_barrier((query, places))
   kv_heads, specs = keys.shape[1], how.specs(query, keys)
   out, sums = how.run(
     local,
