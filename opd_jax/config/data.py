@@ -57,8 +57,9 @@ class SourceConfig:
   """Rows of one kind, and what their fields are for.
 
   Attributes:
-    path: FILE.jsonl or FILE.parquet; "tfds:NAME" for a TensorFlow Dataset; or
-      the name of a built-in task, "arith".
+    path: FILE.jsonl or FILE.parquet, here or in a bucket (`gs://...`);
+      "tfds:NAME" for a TensorFlow Dataset; or the name of a built-in task,
+      "arith".
     split: of a TensorFlow Dataset or a task.
     options: of a task (see its module), or `data_dir` of a TensorFlow Dataset.
     rows: use the first so many; None for all.

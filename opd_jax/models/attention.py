@@ -170,7 +170,7 @@ def _forward(
       weights = jnp.where(visible, jnp.exp(scores - new[..., None]), 0.0)
       shrink = jnp.exp(top - new)
       added = layers.product(
-        "bmqs,bmsh->bmqh",
+        "bmgqs,bmsh->bmgqh",
         weights.astype(values.dtype),
         _at(tiles.values, j),
         dtype=jnp.float32,
@@ -191,6 +191,9 @@ def _forward(
     mixed = (mixed / total[..., None]).astype(values.dtype)
     return tiles.untile(mixed), top + jnp.log(total)
 
+  # Else rematerialisation would keep the masks of all pairs of blocks, which do
+  # not depend on what it recomputes.
+  query, places = jax.lax.optimization_barrier((query, places))
   kv_heads, specs = keys.shape[1], how.specs(query, keys)
   out, sums = how.run(
     local,
@@ -226,7 +229,7 @@ def _backward(how: BlockAttention, kept: Any, slopes: jax.Array) -> Any:
       )
       slope = _at(slopes, i)
       to_weights = layers.product(
-        "bmqh,bmsh->bmqs", slope, _at(tiles.values, j), dtype=jnp.float32
+        "bmgqh,bmsh->bmgqs", slope, _at(tiles.values, j), dtype=jnp.float32
       )
       to_scores = weights * (to_weights - _at(spent, i)[..., None])
       if how.cap is not None:
@@ -234,13 +237,13 @@ def _backward(how: BlockAttention, kept: Any, slopes: jax.Array) -> Any:
       to_scores = (to_scores / tiles.divisor).astype(query.dtype)
       added = (
         layers.product(
-          "bmqs,bmsh->bmqh", to_scores, _at(tiles.keys, j), dtype=jnp.float32
+          "bmgqs,bmsh->bmgqh", to_scores, _at(tiles.keys, j), dtype=jnp.float32
         ),
         layers.product(
-          "bmqs,bmqh->bmsh", to_scores, _at(tiles.query, i), dtype=jnp.float32
+          "bmgqs,bmgqh->bmsh", to_scores, _at(tiles.query, i), dtype=jnp.float32
         ),
         layers.product(
-          "bmqs,bmqh->bmsh",
+          "bmgqs,bmgqh->bmsh",
           weights.astype(values.dtype),
           slope,
           dtype=jnp.float32,
@@ -296,7 +299,7 @@ class _Tiles:
   picks those that its queries need.
 
   Attributes:
-    query: [own blocks, B, U, G * block, H].
+    query: [own blocks, B, U, G, block, H].
     keys: [blocks, B, U, block, H], of all shards.
     values: the same.
     divisor: of the scores.
@@ -332,17 +335,16 @@ class _Tiles:
       self._gather(values),
     )
 
-  def tile(self, x: Float[Array, "B L N H"]) -> Float[Array, "L1 B U Q H"]:
+  def tile(self, x: Float[Array, "B L N H"]) -> Float[Array, "n B U G b H"]:
     """As `query`."""
     own, rows, groups, shared, block, _ = self.shape
     x = x.reshape(rows, own, block, groups, shared, -1)
-    x = x.transpose(1, 0, 3, 4, 2, 5)
-    return x.reshape(own, rows, groups, shared * block, -1)
+    return x.transpose(1, 0, 3, 4, 2, 5)
 
-  def untile(self, x: Float[Array, "L1 B U Q H"]) -> Float[Array, "B L N H"]:
+  def untile(self, x: Float[Array, "n B U G b H"]) -> Float[Array, "B L N H"]:
     """The inverse of `tile`."""
     own, rows, groups, shared, block, size = self.shape
-    x = x.reshape(self.shape).transpose(1, 0, 4, 2, 3, 5)
+    x = x.transpose(1, 0, 4, 2, 3, 5)
     return x.reshape(rows, own * block, groups * shared, size)
 
   def _gather(self, x: Float[Array, "B M L H"]) -> Float[Array, "n B U b H"]:
@@ -368,10 +370,10 @@ class _Tiles:
 
   def scores(
     self, i: Int[Array, ""], j: Int[Array, ""], window: int | None
-  ) -> tuple[Float[Array, "B U Q b"], Bool[Array, "B 1 Q b"]]:
+  ) -> tuple[Float[Array, "B U G b b"], Bool[Array, "B 1 1 b b"]]:
     """Of an own block of queries with a block of keys, and what is seen."""
     scores = layers.product(
-      "bmqh,bmsh->bmqs",
+      "bmgqh,bmsh->bmgqs",
       _at(self.query, i),
       _at(self.keys, j),
       dtype=jnp.float32,
@@ -389,8 +391,7 @@ class _Tiles:
     visible = layers.visible(cut(positions, here), cut(positions, j), window)
     if segments is not None:
       visible &= cut(segments, here)[:, :, None] == cut(segments, j)[:, None]
-    shared = self.shape[3]
-    return scores, jnp.tile(visible[:, None], (1, 1, shared, 1))
+    return scores, visible[:, None, None]
 
 
 def _at(stack: jax.Array, index: Int[Array, ""]) -> jax.Array:

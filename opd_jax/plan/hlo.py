@@ -362,7 +362,12 @@ def _changed(body: Computation) -> set[int]:
     value = body.instructions[name]
     while value.opcode in fusions.SAME or value.opcode == "copy":
       value = body.instructions[value.operands[0]]
-    if value.opcode != "get-tuple-element" or value.index != index:
+    handed_on = (
+      value.opcode == "get-tuple-element"
+      and value.index == index
+      and body.instructions[value.operands[0]].opcode == "parameter"
+    )
+    if not handed_on:
       changed.add(index)
   return changed
 

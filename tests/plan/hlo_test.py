@@ -67,6 +67,22 @@ def test_collectives_with_their_groups(decode):
   assert (runs, reduce.devices, reduce.payload) == (3, ALONG_A, WEIGHT)
 
 
+def test_what_a_turn_makes_anew_is_no_weight():
+  """Though it comes out of a tuple at the place of what was there before."""
+  shape = "bf16[128,512]{1,0:T(8,128)(2,1)}"
+  made = (
+    f'  %made = ({shape}, {shape}, {shape}) custom-call(%w), custom_call="f"\n'
+    f"  %made.2 = {shape} get-tuple-element(%made), index=2\n  ROOT %r = "
+  )
+  text = TPU.replace("  ROOT %r = ", made).replace(
+    "%set.1, %w)", "%set.1, %made.2)"
+  )
+  found = {c.kind: c for c, _ in hlo.analyse(text).turn_collectives()}
+  assert not found["all-reduce"].weights
+  # What is handed on as it is counts as one.
+  assert hlo.analyse(TPU).find("decode_loop").loops[0].collectives[0].weights
+
+
 @pytest.mark.parametrize(
   ("groups", "devices"),
   [
