@@ -8,13 +8,15 @@ Sources: the system architecture pages of Cloud TPU (v4, v5e, v5p, v6e, tpu7x:
 peak compute, HBM, ICI and data center network per chip) and NVIDIA's data
 sheets of the SXM boards of A100 (80 GB), H100 and H200, with the network of
 their DGX systems (a 200 or 400 Gb/s InfiniBand port per GPU). `memory` of a TPU
-is what its compiler offers a program, a little less than is built in.
+is what its compiler offers a program, a little less than is built in; of a GPU
+the 75 % of it that jax takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
 """
 
 import dataclasses
 from collections.abc import Mapping
 
 _GIB = 2**30
+_TAKEN = 0.75
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,7 +101,7 @@ CHIPS: Mapping[str, Chip] = {
   ),
   "a100": Chip(
     kinds=("NVIDIA A100",),
-    memory=80 * 10**9,
+    memory=int(_TAKEN * 80e9),
     flops=312e12,
     bandwidth=2039e9,
     link=300e9,
@@ -109,7 +111,7 @@ CHIPS: Mapping[str, Chip] = {
   ),
   "h100": Chip(
     kinds=("NVIDIA H100",),
-    memory=80 * 10**9,
+    memory=int(_TAKEN * 80e9),
     flops=989e12,
     bandwidth=3350e9,
     link=450e9,
@@ -119,7 +121,7 @@ CHIPS: Mapping[str, Chip] = {
   ),
   "h200": Chip(
     kinds=("NVIDIA H200",),
-    memory=141 * 10**9,
+    memory=int(_TAKEN * 141e9),
     flops=989e12,
     bandwidth=4800e9,
     link=450e9,

@@ -12,7 +12,7 @@ import re
 import runpy
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -63,7 +63,8 @@ def read(location: str) -> dict[str, Any]:
     location: "FILE.py", or "FILE.py:ARG" for `get_config(ARG)`.
 
   Raises:
-    InputError: no such file, or a file that does not run or gives no config.
+    InputError: no such file, a file that gives no config, or no config for
+      this argument.
   """
   path, _, argument = location.partition(":")
   if not Path(path).is_file():
@@ -72,12 +73,15 @@ def read(location: str) -> dict[str, Any]:
       "such as configs/quickstart.py"
     )
   # A config file is the user's own program: what it raises is shown whole.
-  get_config = runpy.run_path(path).get("get_config")
+  names = runpy.run_path(path)
+  get_config = names.get("get_config")
   if not callable(get_config):
     raise InputError(
       f"{path} defines no function get_config; write one that returns the "
       "experiment as a ConfigDict, as in configs/quickstart.py"
     )
+  if argument:
+    _check_argument(path, argument, get_config, names.get("TOPOLOGIES"))
   values = get_config(argument) if argument else get_config()
   if not hasattr(values, "items"):
     raise InputError(
@@ -85,6 +89,29 @@ def read(location: str) -> dict[str, Any]:
       f"{type(values).__name__}"
     )
   return _plain(values)
+
+
+def _check_argument(
+  path: str, argument: str, get_config: Callable[..., Any], known: Any
+) -> None:
+  """Raises where a config cannot be asked for `argument`.
+
+  Args:
+    path: of the file.
+    argument: what follows its name.
+    get_config: the function that it defines.
+    known: its `TOPOLOGIES`, by argument; None if it has none.
+  """
+  require(
+    bool(inspect.signature(get_config).parameters),
+    f"{path}:{argument}: get_config of this file takes no argument; write "
+    f"{path} alone",
+  )
+  if isinstance(known, Mapping) and argument not in known:
+    raise InputError(
+      f"{path}:{argument}: the file is not for {argument!r}; write {path}:NAME "
+      f"with one of {', '.join(known)}"
+    )
 
 
 def _plain(values: Any) -> Any:

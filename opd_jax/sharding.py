@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import (
   AbstractMesh,
   AxisType,
@@ -59,9 +60,10 @@ def make_mesh(
 ) -> Mesh:
   """A mesh with the axes `MESH_AXES`; at most one size may be -1 (the rest).
 
-  Inside a slice the order of the devices follows its network. Several slices,
-  between which the network is slow, are spanned by `replica` as far as its size
-  allows, and by `fsdp` for the rest.
+  Inside a slice the order of the devices follows its network: an axis takes
+  whole sides of its torus where the sizes allow, else parts of sides. Several
+  slices, between which the network is slow, are spanned by `replica` as far as
+  its size allows, and by `fsdp` for the rest.
 
   Args:
     sizes: by axis, 1 if absent; other keys of a `MeshConfig` are not read.
@@ -74,17 +76,14 @@ def make_mesh(
   devices = list(jax.devices() if devices is None else devices)
   full = _fill(sizes, len(devices))
   slices = slices_of(devices)
-  across = _across_slices(full, len(slices))
+  across = across_slices(full, len(slices))
   within = tuple(full[axis] // across[axis] for axis in MESH_AXES)
   types = (AxisType.Auto,) * len(MESH_AXES)
-  parts = [
-    jax.make_mesh(within, MESH_AXES, axis_types=types, devices=part)
-    for part in slices
-  ]
+  parts = [_arranged(within, part) for part in slices]
   if len(parts) == 1:
-    return parts[0]
+    return Mesh(parts[0], MESH_AXES, axis_types=types)
   blocks = np.empty(len(parts), object)
-  blocks[:] = [part.devices for part in parts]
+  blocks[:] = parts
   return Mesh(
     np.block(blocks.reshape(tuple(across.values())).tolist()),
     MESH_AXES,
@@ -92,9 +91,23 @@ def make_mesh(
   )
 
 
-def abstract_mesh(sizes: Mapping[str, Any], devices: int) -> Any:
+def _arranged(shape: Sequence[int], devices: list[jax.Device]) -> np.ndarray:
+  """The devices of a slice as an array of this shape."""
+  try:
+    return jax.make_mesh(shape, MESH_AXES, devices=devices).devices
+  except NotImplementedError:
+    # No axis is a product of sides of the torus, such as 16 x 4 on 8x8.
+    return mesh_utils.create_device_mesh(
+      shape, devices, allow_split_physical_axes=True
+    )
+
+
+def abstract_mesh(
+  sizes: Mapping[str, Any], devices: int, slices: int = 1
+) -> Any:
   """As `make_mesh`, of so many devices that need not exist."""
   full = _fill(sizes, devices)
+  across_slices(full, slices)
   types = (AxisType.Auto,) * len(MESH_AXES)
   return AbstractMesh(tuple(full.values()), MESH_AXES, axis_types=types)
 
@@ -123,8 +136,12 @@ def slices_of(devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
   return [slices[index] for index in sorted(slices)]
 
 
-def _across_slices(sizes: Mapping[str, int], slices: int) -> dict[str, int]:
-  """How many slices each axis spans."""
+def across_slices(sizes: Mapping[str, int], slices: int) -> dict[str, int]:
+  """How many slices each axis spans.
+
+  Raises:
+    InputError: the slices divide neither `replica` nor `fsdp`.
+  """
   replica = math.gcd(sizes["replica"], slices)
   fsdp = slices // replica
   if sizes["fsdp"] % fsdp:

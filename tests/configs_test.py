@@ -6,6 +6,7 @@ device: an abstract mesh has sizes only.
 
 import ast
 import dataclasses
+import importlib.util
 import math
 import pathlib
 import re
@@ -15,13 +16,14 @@ import typing
 
 import jax
 import pytest
+from jax.experimental import mesh_utils
 
 from opd_jax import blueprint, parsing, setup, sft
 from opd_jax import config as config_lib
 from opd_jax.errors import InputError
 from opd_jax.models import published
 from opd_jax.plan import topology
-from opd_jax.sharding import MESH_AXES, abstract_mesh
+from opd_jax.sharding import MESH_AXES, abstract_mesh, make_mesh
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 FOLDER = REPO / "configs"
@@ -35,13 +37,14 @@ DEVICES = 8
 def mesh_of(config):
   """A mesh of no devices: those of its topology, or else `DEVICES`."""
   sizes = config.mesh.sizes
-  devices = math.prod(sizes.values())
+  devices, islands = math.prod(sizes.values()), 1
   topology_name = getattr(config, "topology", None)
   if topology_name is not None:
-    devices = topology.parse(topology_name).devices
+    where = topology.parse(topology_name)
+    devices, islands = where.devices, where.islands
   elif devices < 0:
     devices = DEVICES
-  return abstract_mesh(sizes, devices)
+  return abstract_mesh(sizes, devices, islands)
 
 
 def locations(name):
@@ -89,6 +92,32 @@ def test_config_parses_and_its_mesh_divides_its_models(location, shared_data):
     ]
     if config.mesh.tensor > 1:
       assert any("tensor" in place.spec for place in places), role
+
+
+@pytest.mark.skipif(
+  importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
+)
+@pytest.mark.parametrize(
+  "location",
+  [one for name in CONFIGS if "pods/" in name for one in locations(name)],
+)
+def test_the_mesh_of_a_pod_takes_whole_sides_of_its_torus(
+  location, monkeypatch
+):
+  """On the devices of its topology, of which an abstract mesh knows nothing."""
+
+  def split(shape, devices, **options):
+XX
+    return create(shape, devices, **options)
+
+  create = mesh_utils.create_device_mesh
+  monkeypatch.setattr(mesh_utils, "create_device_mesh", split)
+  config = parsing.load(config_lib.RunConfig, str(REPO / location))
+  where = topology.parse(config.topology)
+  with topology.quiet():
+    mesh = make_mesh(config.mesh.sizes, topology.devices(where))
+  assert mesh.size == where.devices
+  assert dict(mesh.shape) == dict(mesh_of(config).shape)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

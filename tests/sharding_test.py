@@ -139,5 +139,53 @@ def test_four_slices_over_two_axes():
   [{"replica": 3, "tensor": 4}, {"tensor": -1}, {"fsdp": 3, "expert": 4}],
 )
 def test_slices_that_divide_no_axis(sizes):
-  with pytest.raises(InputError, match=r"make mesh\.replica a multiple"):
-    sharding.make_mesh(sizes, devices_of(2, 6))
+  for make in (
+    lambda: sharding.make_mesh(sizes, devices_of(2, 6)),
+    lambda: sharding.abstract_mesh(sizes, 12, 2),
+  ):
+    with pytest.raises(InputError, match=r"make mesh\.replica a multiple"):
+      make()
+
+
+@dataclasses.dataclass(frozen=True)
+class TorusDevice:
+  """As a TPU runtime names a chip of a flat slice."""
+
+  id: int
+  coords: tuple[int, int, int]
+  slice_index: int
+  process_index: int = 0
+  core_on_chip: int = 0
+  platform: str = "tpu"
+  device_kind: str = "TPU v6 lite"
+
+
+@pytest.mark.parametrize(
+  ("sizes", "slices"),
+  [
+    ({"fsdp": 8, "tensor": 8}, 1),
+    ({"fsdp": 16, "tensor": 4}, 1),
+    ({"fsdp": 2, "tensor": 32}, 1),
+    ({"replica": 2, "fsdp": 16, "tensor": 4}, 2),
+  ],
+)
+def test_sizes_that_are_no_sides_of_the_torus(sizes, slices):
+  """Sides are split then; neighbours along an axis stay close."""
+  devices = [
+    TorusDevice(64 * index + 8 * y + x, (x, y, 0), index)
+    for index in range(slices)
+    for y in range(8)
+    for x in range(8)
+  ]
+  mesh = sharding.make_mesh(sizes, devices)
+  assert dict(mesh.shape) == {**dict.fromkeys(sharding.MESH_AXES, 1), **sizes}
+  assert {device.id for device in mesh.devices.flat} == {*range(64 * slices)}
+  # A group of "tensor" is a block of the slice, or a line of it.
+  tensor = mesh.devices.reshape(-1, sizes["tensor"])
+  for group in tensor:
+    assert len({device.slice_index for device in group}) == 1
+    spans = [
+      1 + max(side) - min(side)
+      for side in zip(*(device.coords for device in group), strict=True)
+    ]
+    assert np.prod(spans) == sizes["tensor"]

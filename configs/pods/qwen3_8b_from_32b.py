@@ -17,9 +17,9 @@ from ml_collections import ConfigDict
 # Completions per prompt, and the mesh, by slice.
 TOPOLOGIES = {
   "v5p:4x4x4": (1, {"fsdp": 16, "tensor": 4}),
-  "v6e-64": (1, {"fsdp": 16, "tensor": 4}),
+  "v6e-64": (1, {"fsdp": 8, "tensor": 8}),
   "v5e-256": (4, {"fsdp": 32, "tensor": 8}),
-  "2*v6e-64": (2, {"replica": 2, "fsdp": 16, "tensor": 4}),
+  "2*v6e-64": (2, {"replica": 2, "fsdp": 8, "tensor": 8}),
 }
 
 

@@ -54,11 +54,11 @@ def count(
     read: the architecture of the checkpoint at a path.
 
   Raises:
-    InputError: the config, or a mesh that does not cover the devices or
-      divides neither the batch nor a model.
+    InputError: the config, or a mesh that does not cover the devices, cannot
+      span the slices, or divides neither the batch nor a model.
   """
   blueprint = blueprint_lib.of_config(config, read)
-  mesh = abstract_mesh(config.mesh.sizes, where.devices)
+  mesh = abstract_mesh(config.mesh.sizes, where.devices, where.islands)
   step = setup.make_step(blueprint, mesh)
   found = memory.estimate(
     step,

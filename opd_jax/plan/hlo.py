@@ -41,6 +41,13 @@ COLLECTIVES = (
   "reduce-scatter",
 )
 
+# What passes an array on to a neighbour: turns of it gather a weight too.
+_PASSES = (
+  "collective-permute",
+  "collective-permute-start",
+  "collective-permute-done",
+)
+
 _FREE = {"add-dependency", "after-all", "partition-id", "replica-id"}
 # Custom calls that are no work.
 _FREE_CALLS = (
@@ -116,11 +123,18 @@ def _element(value: _Value, index: int) -> _Value:
   return value[index] if isinstance(value, tuple) else value
 
 
-def _changing(value: _Value) -> _Value:
-  """The same memory, of which every turn makes something else."""
+def _changing(value: _Value, *, fixed: bool = False) -> _Value:
+  """The same memory, of which every turn makes something else.
+
+  Args:
+    value: where it lies.
+    fixed: what it makes is what the neighbours have, so it stays a weight.
+  """
   if isinstance(value, _Array):
-    return dataclasses.replace(value, fixed=False, number=None)
-  return tuple(_changing(part) for part in value)
+    return dataclasses.replace(
+      value, fixed=fixed and value.fixed, number=None
+    )
+  return tuple(_changing(part, fixed=fixed) for part in value)
 
 
 class _Body:
@@ -196,9 +210,9 @@ class _Body:
       self.module.computations[instruction.called_as(role)]
       for role in ("body", "condition")
     )
-    changed = _changed(body)
+    changed, passed = _changed(body)
     arguments = tuple(
-      _changing(part) if index in changed else part
+      _changing(part, fixed=index in passed) if index in changed else part
       for index, part in enumerate(start if isinstance(start, tuple) else ())
     )
     found = _Body(self.module, body, {0: arguments})
@@ -354,22 +368,28 @@ def _collectives(
   )
 
 
-def _changed(body: Computation) -> set[int]:
-  """Elements of a loop's tuple that a turn does not hand on as they are."""
+def _changed(body: Computation) -> tuple[set[int], set[int]]:
+  """Elements of a loop's tuple that a turn does not hand on as they are.
+
+  And those of them that it passes around a ring of devices.
+  """
   root = body.instructions[body.root]
-  changed = set()
+  changed, passed = set(), set()
   for index, name in enumerate(root.operands):
-    value = body.instructions[name]
-    while value.opcode in fusions.SAME or value.opcode == "copy":
+    value, sent = body.instructions[name], False
+    while value.opcode in (*fusions.SAME, "copy", *_PASSES):
+      sent = sent or value.opcode in _PASSES
       value = body.instructions[value.operands[0]]
     handed_on = (
       value.opcode == "get-tuple-element"
       and value.index == index
       and body.instructions[value.operands[0]].opcode == "parameter"
     )
-    if not handed_on:
+    if sent or not handed_on:
       changed.add(index)
-  return changed
+    if sent and handed_on:
+      passed.add(index)
+  return changed, passed
 
 
 def _turns(

@@ -39,16 +39,19 @@ def plan(
     return fit.count(config, where, published.architecture)
 
   counted = count(load(()))
+  found: list[remedies.Remedy] | None = None
   if analytic or not where.is_tpu:
+    if with_remedies and counted.estimate.total > counted.memory:
+      found = remedies.count_only(load, counted, count)
     return Report(
       location=location,
       counted=counted,
       compiled=None,
       speed=speed.of(counted, ()),
+      remedies=found,
     )
   with topology.quiet():
     compiled = _compile(counted, "the step")
-    found: list[remedies.Remedy] = []
     if with_remedies and not compiled.fits(counted.memory):
       overflow = compiled.overflow
       needed = overflow.used if overflow is not None else compiled.total
@@ -67,7 +70,7 @@ def plan(
     speed=speed.of(
       counted, [one.text for one in compiled.accounts if one.text is not None]
     ),
-    remedies=tuple(found),
+    remedies=found,
   )
 
 

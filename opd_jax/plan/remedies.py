@@ -1,7 +1,7 @@
 """What would make a step fit that does not.
 
 Changes are ranked by the counted memory, then tried in this order: each is
-compiled until three fit.
+compiled until three fit. Without a compiler the first three stand as counted.
 """
 
 import dataclasses
@@ -56,17 +56,24 @@ class Change:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Remedy:
-  """A change that was compiled.
+  """A change that was tried.
 
   Attributes:
     change: the change.
-    compiled: the step with it.
     fits: whether it fits.
+    counted: bytes of a device with it, as counted.
+    compiled: the step with it; None where only counted.
   """
 
   change: Change
-  compiled: Compiled
   fits: bool
+  counted: int
+  compiled: Compiled | None
+
+  @property
+  def total(self) -> int:
+    """Bytes of a device; of one that does not fit, what was compiled of it."""
+    return self.counted if self.compiled is None else self.compiled.total
 
 
 def find(
@@ -94,10 +101,29 @@ def find(
   for change, changed in ranked(load, counted, scale, count):
     compiled = compile_(changed, change)
     fits = compiled.fits(changed.memory)
-    found.append(Remedy(change=change, compiled=compiled, fits=fits))
+    found.append(
+      Remedy(
+        change=change,
+        fits=fits,
+        counted=changed.estimate.total,
+        compiled=compiled,
+      )
+    )
     if sum(one.fits for one in found) == WANTED or len(found) == TRIED:
       break
   return found
+
+
+def count_only(
+  load: Load, counted: Counted, count: Callable[[RunConfig], Counted]
+) -> list[Remedy]:
+  """As `find`, by the count alone."""
+  return [
+    Remedy(
+      change=change, fits=True, counted=changed.estimate.total, compiled=None
+    )
+    for change, changed in ranked(load, counted, 1.0, count)[:WANTED]
+  ]
 
 
 def ranked(

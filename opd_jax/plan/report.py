@@ -25,14 +25,14 @@ class Report:
     counted: from shapes.
     compiled: by the compiler; None where it was not asked.
     speed: how fast it would be.
-    remedies: changes that were compiled; () if it fits.
+    remedies: changes that were tried; None where none were looked for.
   """
 
   location: str
   counted: Counted
   compiled: Compiled | None
   speed: Speed
-  remedies: tuple[Remedy, ...] = ()
+  remedies: Sequence[Remedy] | None = None
 
   @property
   def fits(self) -> bool:
@@ -52,9 +52,9 @@ class Report:
     else:
       yield ""
       yield from _speed(self.speed)
-    if self.remedies:
+    if self.remedies is not None:
       yield ""
-      yield from _remedies(self)
+      yield from _remedies(self.counted.memory, self.remedies)
 
   def figures(self) -> dict[str, Any]:
     """The same, as JSON; sizes are bytes of one device."""
@@ -95,14 +95,14 @@ class Report:
         figures["used"] = compiled.total / counted.memory
       else:
         figures["overflow"] = dataclasses.asdict(compiled.overflow)
-    if self.remedies:
+    if self.remedies is not None:
       figures["remedies"] = [
         {
           "overrides": list(remedy.change.overrides),
           "alters": remedy.change.alters,
           "fits": remedy.fits,
-          "total_bytes": remedy.compiled.total if remedy.fits else None,
-          "compile_seconds": remedy.compiled.seconds,
+          "total_bytes": remedy.total if remedy.fits else None,
+          "compile_seconds": remedy.compiled and remedy.compiled.seconds,
         }
         for remedy in self.remedies
       ]
@@ -334,20 +334,24 @@ def _decoding(decoding: Decoding) -> Iterator[str]:
     yield "no weights are gathered in the decode loop"
 
 
-def _remedies(report: Report) -> Iterator[str]:
-  """What was compiled again; the best first."""
-  memory = report.counted.memory
-  fitting = [remedy for remedy in report.remedies if remedy.fits]
+def _remedies(memory: int, tried: Sequence[Remedy]) -> Iterator[str]:
+  """Changes; the best first."""
+  fitting = [remedy for remedy in tried if remedy.fits]
   if fitting:
-    yield "changes with which it fits, each compiled:"
+    counted = all(remedy.compiled is None for remedy in fitting)
+    how = "by this count" if counted else "each compiled"
+    yield f"changes with which it fits, {how}:"
+  else:
+    yield "no change was found with which it fits;"
+    yield "  take more or larger devices, or smaller models"
   for remedy in fitting:
-    total = remedy.compiled.total
+    total, about = remedy.total, "~" if remedy.compiled is None else ""
     yield (
-      f"  {size_text(total)}, {100 * total / memory:.0f} %: "
+      f"  {about}{size_text(total)}, {100 * total / memory:.0f} %: "
       f"{remedy.change.flags}"
       + (f"  ({remedy.change.alters})" if remedy.change.alters else "")
     )
-  for remedy in report.remedies:
+  for remedy in tried:
     if not remedy.fits:
       yield f"  still too large: {remedy.change.flags}"
 

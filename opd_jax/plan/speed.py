@@ -10,9 +10,13 @@ from opd_jax.plan import hlo, timing
 from opd_jax.plan.fit import Counted
 from opd_jax.plan.timing import Prediction
 from opd_jax.plan.traffic import Loop, Move
+from opd_jax.sharding import across_slices
 
 # The scope of the loop that draws tokens; see `sampling`.
 DECODE_LOOP = "decode_loop"
+
+# Collectives that bring what other devices hold, at once or around a ring.
+_BRINGS = ("all-gather", "all-to-all", "collective-permute")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,7 +28,7 @@ class Decoding:
     weights: bytes of the weights in the decode layout.
     cache: bytes of the allocated cache.
     moves: operations, those first that move most beyond what they must.
-    gathers: names of all-gathers of weights; there should be none.
+    gathers: names of collectives that bring weights; there should be none.
   """
 
   moved: int
@@ -84,19 +88,18 @@ def of(counted: Counted, texts: Sequence[str]) -> Speed:
   """
   step, config = counted.step, counted.blueprint.config
   length = config.sampling.max_new_tokens
+  mesh = dict(step.scorer.student.layout.mesh.shape)
+  across = across_slices(mesh, counted.topology.islands)
   works = timing.estimated(
     step,
     prompts=config.batch.prompts,
     window=config.data.max_prompt_tokens,
     teacher_window=counted.blueprint.teacher_window,
+    across=across,
   )
-  mesh = dict(step.scorer.student.layout.mesh.shape)
   programs = [hlo.analyse(text) for text in texts]
   if programs:
-    slow = ("replica", "fsdp") if counted.topology.slices > 1 else ()
-    if slow and mesh["replica"] % counted.topology.slices == 0:
-      slow = ("replica",)
-    works = timing.measured(programs, works, mesh, slow)
+    works = timing.measured(programs, works, mesh, across)
   return Speed(
     prediction=timing.predict(
       counted.topology.device,
@@ -129,7 +132,7 @@ def _decoding(counted: Counted, programs: Sequence[Loop]) -> Decoding | None:
     gathers=tuple(
       collective.source or collective.name
       for collective, _ in loop.turn_collectives()
-      if collective.weights and collective.kind == "all-gather"
+      if collective.weights and collective.kind in _BRINGS
     ),
   )
 

@@ -17,6 +17,8 @@ import dataclasses
 import math
 from collections.abc import Collection, Mapping
 
+import jax
+
 from opd_jax import flops
 from opd_jax.chips import Chip
 from opd_jax.memory.drawing import cache, decode_copy
@@ -159,7 +161,7 @@ def measured(
   programs: Collection[Loop],
   estimate: Mapping[str, Work],
   mesh: Mapping[str, int],
-  slow: Collection[str] = (),
+  across: Mapping[str, int],
 ) -> dict[str, Work]:
   """Work with the bytes and collectives of compiled programs.
 
@@ -170,14 +172,14 @@ def measured(
     programs: all of a step, from `hlo.analyse`.
     estimate: of `estimated`; its operations are taken.
     mesh: sizes of the axes, in their order.
-    slow: mesh axes that cross slices or boxes.
+    across: slices or boxes that each axis spans.
   """
   works = {name: Work(operations=w.operations) for name, w in estimate.items()}
   for program in programs:
     for name, part in by_part(program, phase_of).items():
       works[name] += Work(hbm=part.bytes)
       for collective, runs in part.collectives:
-        works[name] += _sent(collective, mesh, slow).times(runs)
+        works[name] += _sent(collective, mesh, across).times(runs)
   return works
 
 
@@ -191,21 +193,40 @@ def phase_of(op_name: str) -> str:
 
 
 def _sent(
-  collective: Collective, mesh: Mapping[str, int], slow: Collection[str]
+  collective: Collective, mesh: Mapping[str, int], across: Mapping[str, int]
 ) -> Work:
-  """In rings: inside each slice, then of a slice's share between slices."""
-  axes = collective.axes(mesh)
-  outer = math.prod(mesh[axis] for axis in axes if axis in slow)
-  size = len(collective.devices)
-  inner = max(size // outer, 1)
+  outer = len({_slice_of(number, mesh, across) for number in collective.devices})
   if collective.kind in ("collective-permute", "collective-broadcast"):
     sent = float(collective.payload)
     return Work(network=sent) if outer > 1 else Work(links=sent, hops=1)
   passes = 2 if collective.kind == "all-reduce" else 1
+  inner = len(collective.devices) // outer
+  return _ring(collective.payload, inner, outer).times(passes)
+
+
+def _slice_of(
+  number: int, mesh: Mapping[str, int], across: Mapping[str, int]
+) -> tuple[int, ...]:
+  """Where the slice of a device lies among the slices, by axis."""
+  place, stride = [], math.prod(mesh.values())
+  for axis, size in mesh.items():
+    stride //= size
+    place.append(number // stride % size * across[axis] // size)
+  return tuple(place)
+
+
+def _ring(payload: float, inner: int, outer: int) -> Work:
+  """One pass: inside each slice, then of a device's share between slices.
+
+  Args:
+    payload: bytes of the whole array.
+    inner: devices of a slice that take part.
+    outer: slices.
+  """
   return Work(
-    links=passes * collective.payload * (inner - 1) / inner,
-    network=passes * collective.payload / inner * (outer - 1) / outer,
-    hops=passes * (inner // 2),
+    links=payload * (inner - 1) / inner,
+    network=payload / inner * (outer - 1) / outer,
+    hops=inner // 2,
   )
 
 
@@ -214,6 +235,7 @@ def estimated(
   *,
   prompts: int,
   window: int,
+  across: Mapping[str, int],
   teacher_window: int | None = None,
   length: float | None = None,
 ) -> dict[str, Work]:
@@ -221,7 +243,7 @@ def estimated(
 
   Of HBM the weights, the cache and the optimizer state are counted, not the
   activations; of the interconnect the gathers of weights, the sums of gradients
-  and those over the tensor axis, inside one slice.
+  and those over the tensor axis.
 
   Args:
     step: of the run; all axes of its mesh.
@@ -229,6 +251,7 @@ def estimated(
     window: P, slots of a prompt.
     teacher_window: slots of the teacher's prompts; None for the student's.
     length: tokens of a completion; None for as many as may be drawn.
+    across: slices or boxes that each axis of the mesh spans.
   """
   student, decoder = step.scorer.student, step.decoder
   drawn = float(step.sampling.max_new_tokens if length is None else length)
@@ -247,33 +270,40 @@ def estimated(
     student.config, rows * drawn, window + drawn / 2, rows * drawn
   )
   one = share(rows, decoder.layout)
-  sample = Work(
-    operations=operations / devices,
-    hbm=copy + drawn * (copy + filled),
-    links=shard_bytes(decode_copy(held, decoder)) * _rest(step, "embed"),
-  ) + _over_tensor(decoder, one).times(drawn)
+  embed = student.layout.mesh_axes("embed")
+  sample = (
+    Work(operations=operations / devices, hbm=copy + drawn * (copy + filled))
+    + _over(student, embed, shard_bytes(decode_copy(held, decoder)), across)
+    + _over_tensor(decoder, one, across).times(drawn)
+  )
 
   score, tokens = Work(), rows / parts
   for role, model in frozen(step).items():
     own = window
     if role.startswith("teacher") and teacher_window is not None:
       own = teacher_window
-    score += _forward(model, tokens, own + drawn, drawn).times(passes)
+    score += _forward(model, tokens, own + drawn, drawn, across).times(passes)
 
   # A backward pass is one or two forward ones, and "full" runs one more.
   again = 1.0 + flops.BACKWARD[student.lora is not None]
   again += student.remat == "full"
-  forward = _forward(student, tokens, window + drawn, drawn).times(passes)
+  forward = _forward(student, tokens, window + drawn, drawn, across)
   gradient = shard_bytes(trained) * student.layout.shards("embed")
   state = shard_bytes((step.abstract_state().optimizer, trained))
-  update = forward.times(again) + Work(
+  update = forward.times(passes * again) + Work(
     hbm=passes * 2 * gradient + 2 * step.mini_batches * step.epochs * state,
-    links=passes * gradient * _rest(step, "embed"),
   )
+  update += _summed(student, across).times(passes)
   return {"sample": sample, "score": score, "update": update}
 
 
-def _forward(model: Model, rows: float, slots: float, drawn: float) -> Work:
+def _forward(
+  model: Model,
+  rows: float,
+  slots: float,
+  drawn: float,
+  across: Mapping[str, int],
+) -> Work:
   """One forward pass of rows over all devices."""
   layout = model.layout
   weights = shard_bytes(model.abstract_params(model.compute_dtype))
@@ -281,27 +311,51 @@ def _forward(model: Model, rows: float, slots: float, drawn: float) -> Work:
   operations = flops.forward(
     model.config, rows * slots, slots / 2, rows * drawn
   )
-  return Work(
-    operations=operations / layout.mesh.size,
-    hbm=gathered,
-    links=gathered - weights,
-  ) + _over_tensor(model, rows * slots / layout.shards("batch"))
-
-
-def _over_tensor(model: Model, tokens: float) -> Work:
-  """The two sums of a layer that tensor shards share, of tokens of a device."""
-  shards = model.layout.shards("heads")
-  if shards == 1:
-    return Work()
-  layers = model.config.num_layers
-  payload = tokens * model.config.hidden_size * itemsize(model)
-  return Work(
-    links=2 * layers * 2 * payload * (shards - 1) / shards,
-    hops=2 * layers * 2 * (shards // 2),
+  return (
+    Work(operations=operations / layout.mesh.size, hbm=gathered)
+    + _over(model, layout.mesh_axes("embed"), gathered, across)
+    + _over_tensor(model, rows * slots / layout.shards("batch"), across)
   )
 
 
-def _rest(step: Step, name: str) -> float:
-  """The fraction of a gathered array that other devices hold."""
-  shards = step.scorer.student.layout.shards(name)
-  return (shards - 1) / shards
+def _over_tensor(
+  model: Model, tokens: float, across: Mapping[str, int]
+) -> Work:
+  """The two sums of a layer that tensor shards share, of tokens of a device."""
+  payload = tokens * model.config.hidden_size * itemsize(model)
+  heads = model.layout.mesh_axes("heads")
+  sums = 2 * model.config.num_layers
+  return _over(model, heads, payload, across).times(2 * sums)
+
+
+def _summed(student: Model, across: Mapping[str, int]) -> Work:
+  """The sum of gradients over the devices that have other rows or slots.
+
+  A weight that is spread over some of them keeps a share of the sum; one of
+  experts has met all rows where it lies.
+  """
+  layout = student.layout
+  spread = layout.mesh_axes("batch") + layout.mesh_axes("sequence")
+  work = Work()
+  for leaf in jax.tree.leaves(student.abstract_trained()):
+    size = shard_bytes(leaf)
+    axes = set(jax.tree.leaves(tuple(leaf.sharding.spec)))
+    scattered = [
+      axis
+      for axis in spread
+      if axis in axes and axis not in layout.mesh_axes("experts")
+    ]
+    shards = math.prod(layout.mesh.shape[axis] for axis in scattered)
+    work += _over(student, scattered, size * shards, across)
+    kept = [axis for axis in spread if axis not in axes]
+    work += _over(student, kept, size, across).times(2)
+  return work
+
+
+def _over(
+  model: Model, axes: Collection[str], payload: float, across: Mapping[str, int]
+) -> Work:
+  """One pass over mesh axes."""
+  outer = math.prod(across[axis] for axis in axes)
+  size = math.prod(model.layout.mesh.shape[axis] for axis in axes)
+  return _ring(payload, size // outer, outer)

@@ -8,7 +8,8 @@ TPU names it, `v5p-128`. The number there counts
 
 A program has one device per chip; on tpu7x one per TensorCore, with half of the
 chip's memory. `2*v5e:16x16` is two slices, joined by the data-centre network.
-GPU machines are named by how many there are and the GPUs in each: `h100:2x8`.
+GPU machines are named by how many there are and the GPUs in each, at most 8:
+`h100:2x8`.
 """
 
 import contextlib
@@ -98,6 +99,11 @@ class Topology:
     return self.slices * math.prod(self.shape)
 
   @property
+  def islands(self) -> int:
+    """Slices, or machines of GPUs, between which the network is slow."""
+    return self.slices if self.is_tpu else self.shape[0]
+
+  @property
   def devices(self) -> int:
     """That a program sees, in all slices."""
     return self.chips * self.device.per_chip
@@ -131,6 +137,12 @@ def parse(text: str, slices: int | None = None) -> Topology:
       sides = (1, *sides)
     if len(sides) != 2:
       raise InputError(_unknown(text))
+    most, gpus = CHIPS[generation].per_host, math.prod(sides)
+    if not 0 < sides[1] <= most or not gpus:
+      raise InputError(
+        f"no topology {text!r}: a machine has 1 to {most} GPUs, and several "
+        f"are MACHINESxGPUS, such as {generation}:{-(-gpus // most) or 1}x{most}"
+      )
   elif generation in _TPUS:
     known = _TPUS[generation]
     if shape is None:
