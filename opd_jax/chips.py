@@ -9,7 +9,7 @@ peak compute, HBM, ICI and data center network per chip) and NVIDIA's data
 sheets of the SXM boards of A100 (80 GB), H100 and H200, with the network of
 their DGX systems (a 200 or 400 Gb/s InfiniBand port per GPU). `memory` of a TPU
 is what its compiler offers a program, a little less than is built in; of a GPU
-the 75 % of it that jax takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
+the 75 % that jax takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
 """
 
 import dataclasses

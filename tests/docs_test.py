@@ -2,12 +2,14 @@
 
 import ast
 import inspect
+import math
 import pathlib
 import re
 import typing
 
 import pytest
 
+from benchmarks import plan
 from docs import generate, objective_needs, objective_pages
 from opd_jax import cli, parsing
 from opd_jax import config as config_lib
@@ -137,6 +139,34 @@ def test_commands_and_keys_exist(path):
     assert group in groups, group
     file = (REPO / "opd_jax" / f"{group}.{key}").exists()
     assert not key or key in groups[group] or file, f"{group}.{key}"
+
+
+PLANS = plan.read()
+
+
+@pytest.mark.parametrize("location", PLANS)
+def test_a_plan_of_a_config_is_within_its_bars(location):
+  """95 % of the memory, decoding within 15 % of weights and cache."""
+  figures = PLANS[location]
+  assert location in set(plan.locations())
+  config = parsing.load(config_lib.RunConfig, str(REPO / location))
+  sizes = {axis: config.mesh.sizes[axis] for axis in figures["mesh"]}
+  devices = math.prod(figures["mesh"].values())
+  assert sizes == figures["mesh"], "stale: run python -m benchmarks.plan"
+  assert devices == figures["devices"]
+  assert figures["fits"]
+  if "programs" not in figures:
+    used = figures["estimate"]["total_bytes"] / figures["memory_bytes"]
+    assert location.startswith("configs/gpu/")
+    assert used <= 0.95
+    return
+  assert figures["used"] <= 0.95
+  decode = figures["speed"]["decode"]
+  assert decode["weight_gathers"] == []
+  assert 0.85 <= decode["ratio"] <= 1.15
+  if location == "configs/pods/qwen3_8b_from_32b.py:v5p:4x4x4":
+    (program,) = figures["programs"].values()
+    assert program["temporary_bytes"] < 12 * 2**30
 
 
 def test_readme_names_every_module_objective_and_config():

@@ -131,9 +131,7 @@ def _changing(value: _Value, *, fixed: bool = False) -> _Value:
     fixed: what it makes is what the neighbours have, so it stays a weight.
   """
   if isinstance(value, _Array):
-    return dataclasses.replace(
-      value, fixed=fixed and value.fixed, number=None
-    )
+    return dataclasses.replace(value, fixed=fixed and value.fixed, number=None)
   return tuple(_changing(part, fixed=fixed) for part in value)
 
 

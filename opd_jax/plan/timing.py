@@ -195,7 +195,9 @@ def phase_of(op_name: str) -> str:
 def _sent(
   collective: Collective, mesh: Mapping[str, int], across: Mapping[str, int]
 ) -> Work:
-  outer = len({_slice_of(number, mesh, across) for number in collective.devices})
+  outer = len(
+    {_slice_of(number, mesh, across) for number in collective.devices}
+  )
   if collective.kind in ("collective-permute", "collective-broadcast"):
     sent = float(collective.payload)
     return Work(network=sent) if outer > 1 else Work(links=sent, hops=1)

@@ -138,10 +138,11 @@ def parse(text: str, slices: int | None = None) -> Topology:
     if len(sides) != 2:
       raise InputError(_unknown(text))
     most, gpus = CHIPS[generation].per_host, math.prod(sides)
-    if not 0 < sides[1] <= most or not gpus:
+    if gpus == 0 or sides[1] > most:
+      machines = max(math.ceil(gpus / most), 1)
       raise InputError(
         f"no topology {text!r}: a machine has 1 to {most} GPUs, and several "
-        f"are MACHINESxGPUS, such as {generation}:{-(-gpus // most) or 1}x{most}"
+        f"are MACHINESxGPUS, such as {generation}:{machines}x{most}"
       )
   elif generation in _TPUS:
     known = _TPUS[generation]

@@ -83,6 +83,27 @@ def test_what_a_turn_makes_anew_is_no_weight():
   assert hlo.analyse(TPU).find("decode_loop").loops[0].collectives[0].weights
 
 
+RING = (
+  "  %passed = bf16[128,512]{1,0:T(8,128)(2,1)} collective-permute(%w), "
+  "source_target_pairs={{0,2},{2,4},{4,6},{6,0}}\n  ROOT %r = "
+)
+
+
+def test_a_weight_that_goes_round_a_ring_is_gathered():
+  """Each turn of the layers passes on what the last one was given."""
+  text = TPU.replace("  ROOT %r = ", RING).replace(
+    "%set.1, %w)", "%set.1, %passed)"
+  )
+  found = {c.kind: c for c, _ in hlo.analyse(text).turn_collectives()}
+  permute = found["collective-permute"]
+  assert permute.weights
+  assert permute.payload == WEIGHT
+  # The cache, of which each token makes another, is no weight.
+  text = text.replace("collective-permute(%w)", "collective-permute(%set.1)")
+  found = {c.kind: c for c, _ in hlo.analyse(text).turn_collectives()}
+  assert not found["collective-permute"].weights
+
+
 @pytest.mark.parametrize(
   ("groups", "devices"),
   [

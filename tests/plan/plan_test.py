@@ -113,6 +113,53 @@ def test_gpus_are_counted(run, capfd):
   assert all(len(line) <= 80 for line in told.splitlines()[2:])
 
 
+def test_changes_by_the_count_alone(run, capfd):
+  """20 GiB of cache a GPU: half of the rows, or of their length, fit."""
+  file = run / "counted.json"
+  too_large = ("--config.batch.prompts=524288", "--topology=h100:1x4")
+  assert plan(run, *too_large, f"--json={file}") == 1
+  told = capfd.readouterr().out
+  figures = json.loads(file.read_text())
+  memory = figures["memory_bytes"]
+  assert memory == 60e9
+  assert figures["estimate"]["total_bytes"] > memory
+  assert "changes with which it fits, by this count:" in told
+  found = figures["remedies"]
+  assert 0 < len(found) <= remedies.WANTED
+  for remedy in found:
+    assert remedy["total_bytes"] <= memory
+    assert remedy["compile_seconds"] is None
+    assert all(f"--config.{one}" in told for one in remedy["overrides"])
+  assert plan(run, *too_large, "--noremedies") == 1
+  assert "changes" not in capfd.readouterr().out
+
+
+def test_no_change_helps(run, capfd):
+  huge = ("--config.batch.prompts=1073741824", "--topology=h100:1x4")
+  assert plan(run, *huge) == 1
+  told = capfd.readouterr().out
+  assert "no change was found with which it fits" in told
+
+
+def test_boxes_are_joined_by_a_slower_network(run, capfd):
+  seconds = []
+  for name in ("h100:1x8", "h100:8x1"):
+    file = run / "boxes.json"
+    assert (
+      plan(
+        run,
+        f"--topology={name}",
+        "--config.mesh.fsdp=8",
+        "--config.mesh.tensor=1",
+        f"--json={file}",
+      )
+      == 0
+    )
+    seconds.append(json.loads(file.read_text())["speed"]["seconds"])
+  assert seconds[0] < seconds[1]
+  capfd.readouterr()
+
+
 def test_a_config_of_sft_is_refused(run, capfd):
   assert cli.main(["plan", "--config=configs/arith_sft.py", "--analytic"]) == 2
   assert "plan is for the configs of train" in capfd.readouterr().err

@@ -63,7 +63,13 @@ def test_phases_by_the_names_of_operations(name, phase):
   assert timing.phase_of(name) == phase
 
 
-def loop(kind, payload, devices):
+# Two slices, or one, under a mesh of replica and fsdp.
+REPLICAS = {"replica": 2, "fsdp": 1}
+HALVES = {"replica": 1, "fsdp": 2}
+ALONE = dict.fromkeys(MESH_AXES, 1)
+
+
+def loop(kind, payload, devices, across=REPLICAS):
   """Three turns, each with a collective and 12 bytes, inside the rollout."""
   source = "jit(train)/rollout/decode_loop/while/body/x"
   body = Loop(
@@ -92,8 +98,7 @@ def loop(kind, payload, devices):
     body, scope="", turns=1, operations=(), collectives=(), loops=(body,)
   )
   estimate = {name: timing.Work(operations=7.0) for name in timing.PHASES}
-  mesh = {"replica": 2, "fsdp": 4}
-  return timing.measured([program], estimate, mesh, slow=("replica",))
+  return timing.measured([program], estimate, {"replica": 2, "fsdp": 4}, across)
 
 
 def test_rings_inside_a_slice():
@@ -114,13 +119,24 @@ def test_rings_over_slices_send_a_share_between_them():
   assert (alone.links, alone.network) == (0, 3 * 400)
 
 
+def test_an_axis_that_spans_slices_does_so_in_part():
+  # Of four shards two are in each slice.
+  found = loop("all-gather", 400, (0, 1, 2, 3), HALVES)["sample"]
+  assert (found.links, found.network) == (3 * 200, 3 * 100)
+  # Neighbours of one slice, and of two.
+  found = loop("collective-permute", 400, (0, 1), HALVES)["sample"]
+  assert (found.links, found.network) == (3 * 400, 0)
+  found = loop("collective-permute", 400, (1, 2), HALVES)["sample"]
+  assert (found.links, found.network) == (0, 3 * 400)
+
+
 @pytest.fixture(scope="module")
 def step():
   return engine.make_step("gkd")
 
 
 def test_an_estimate_of_one_device(step):
-  works = timing.estimated(step, prompts=4, window=6)
+  works = timing.estimated(step, prompts=4, window=6, across=ALONE)
   student, teacher = step.scorer.student, step.scorer.teacher
   rows, drawn = 4 * step.rollouts, step.sampling.max_new_tokens
   slots = 6 + drawn
@@ -139,16 +155,52 @@ def test_an_estimate_of_one_device(step):
 
 
 def test_an_estimate_shares_the_work_and_pays_for_it(step):
-  alone = timing.estimated(step, prompts=4, window=6)
+  alone = timing.estimated(step, prompts=4, window=6, across=ALONE)
   mesh = {"fsdp": 2, "tensor": 2}
   spread = timing.estimated(
-    engine.make_step("gkd", mesh=mesh, devices=4), prompts=4, window=6
+    engine.make_step("gkd", mesh=mesh, devices=4),
+    prompts=4,
+    window=6,
+    across=ALONE,
   )
   for name in timing.PHASES:
     assert spread[name].operations * 4 == pytest.approx(alone[name].operations)
     assert spread[name].hbm < alone[name].hbm
     assert spread[name].links > 0
     assert spread[name].hops > 0
+
+
+def test_an_estimate_of_two_boxes():
+  """Shards over both send half as much within them, and as much between."""
+  mesh = {"replica": 2, "fsdp": 4}
+  step = engine.make_step("gkd", mesh=mesh, devices=8)
+  student = step.scorer.student
+  trained = student.abstract_trained()
+  gradients = shard_bytes(trained)
+  norms = sum(
+    shard_bytes(leaf)
+    for leaf in jax.tree.leaves(trained)
+    if leaf.sharding.is_fully_replicated
+  )
+
+  def estimated(across):
+    return timing.estimated(
+      step, prompts=8, window=6, across={**ALONE, **across}
+    )
+
+  one, replicas, halves = (
+    estimated(across) for across in ({}, REPLICAS, HALVES)
+  )
+  assert all(work.network == 0 for work in one.values())
+  # Only gradients cross: of each shard, there and back, half; of norms, which
+  # every device holds, four devices of a box carry a quarter each.
+  assert replicas["sample"].network == replicas["score"].network == 0
+  assert replicas["update"].network == pytest.approx(gradients - norms * 3 / 4)
+  assert halves["sample"].network > 0
+  # A ring of four sends 3/4; of two boxes 1/2 within and 1/4 between.
+  score = one["score"].links
+  assert halves["score"].links == pytest.approx(score * 2 / 3)
+  assert halves["score"].network == pytest.approx(score / 3)
 
 
 def test_axes_of_the_mesh_are_those_of_a_collective():

@@ -44,6 +44,24 @@ def test_what_is_not_there(text):
   assert repr(text) in str(e.value)
 
 
+@pytest.mark.parametrize(
+  ("text", "instead"),
+  [
+    ("h100:64", "h100:8x8"),
+    ("h200:1x16", "h200:2x8"),
+    ("a100:2x0", "a100:1x8"),
+  ],
+)
+def test_a_machine_of_more_gpus_than_there_are(text, instead):
+  with pytest.raises(InputError, match=f"1 to 8 GPUs, .* {instead}"):
+    topology.parse(text)
+
+
+def test_what_a_slow_network_joins():
+  names = ("2*v5e-16", "v5e-16", "h100:4x8", "h100:8")
+  assert [topology.parse(name).islands for name in names] == [2, 1, 4, 1]
+
+
 def test_gpus_have_no_slices():
   with pytest.raises(InputError, match="h100:2x8"):
     topology.parse("2*h100:8")
