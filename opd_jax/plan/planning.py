@@ -42,6 +42,7 @@ def plan(
   found: list[remedies.Remedy] | None = None
   if analytic or not where.is_tpu:
     if with_remedies and counted.estimate.total > counted.memory:
+      _tell_of_search()
       found = remedies.count_only(load, counted, count)
     return Report(
       location=location,
@@ -55,7 +56,7 @@ def plan(
     if with_remedies and not compiled.fits(counted.memory):
       overflow = compiled.overflow
       needed = overflow.used if overflow is not None else compiled.total
-      _console().print("looking for changes with which it fits")
+      _tell_of_search()
       found = remedies.find(
         load,
         counted,
@@ -78,6 +79,10 @@ def _compile(counted: Counted, what: str) -> Compiled:
   """Compiles, and says so: it takes minutes."""
   with _telling(f"compiling {what} for {counted.topology.name}"):
     return fit.compile_for(counted.blueprint, counted.topology)
+
+
+def _tell_of_search() -> None:
+  _console().print("looking for changes with which it fits")
 
 
 @contextlib.contextmanager

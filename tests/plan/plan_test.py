@@ -113,32 +113,31 @@ def test_gpus_are_counted(run, capfd):
   assert all(len(line) <= 80 for line in told.splitlines()[2:])
 
 
-def test_changes_by_the_count_alone(run, capfd):
-  """20 GiB of cache a GPU: half of the rows, or of their length, fit."""
+@pytest.mark.parametrize("prompts", [131072, 1048576])
+def test_changes_by_the_count_alone(run, capfd, monkeypatch, prompts):
+  """Of 524,288 rows a quarter fits, twice as many do not."""
+  change = remedies.Change(overrides=(f"batch.prompts={prompts}",), alters="a")
+  monkeypatch.setattr(remedies, "changes", lambda *run: iter([change]))
   file = run / "counted.json"
   too_large = ("--config.batch.prompts=524288", "--topology=h100:1x4")
   assert plan(run, *too_large, f"--json={file}") == 1
-  told = capfd.readouterr().out
+  told, err = capfd.readouterr()
+  assert err == "looking for changes with which it fits\n"
   figures = json.loads(file.read_text())
-  memory = figures["memory_bytes"]
-  assert memory == 60e9
-  assert figures["estimate"]["total_bytes"] > memory
+  assert figures["memory_bytes"] == 60e9
+  assert figures["estimate"]["total_bytes"] > 60e9
+  if prompts > 524288:
+    assert "no change was found with which it fits" in told
+    assert figures["remedies"] == []
+    return
   assert "changes with which it fits, by this count:" in told
-  found = figures["remedies"]
-  assert 0 < len(found) <= remedies.WANTED
-  for remedy in found:
-    assert remedy["total_bytes"] <= memory
-    assert remedy["compile_seconds"] is None
-    assert all(f"--config.{one}" in told for one in remedy["overrides"])
+  assert f"--config.batch.prompts={prompts}  (a)" in told
+  (remedy,) = figures["remedies"]
+  assert 15e9 < remedy["total_bytes"] <= 60e9
+  assert remedy["fits"]
+  assert remedy["compile_seconds"] is None
   assert plan(run, *too_large, "--noremedies") == 1
-  assert "changes" not in capfd.readouterr().out
-
-
-def test_no_change_helps(run, capfd):
-  huge = ("--config.batch.prompts=1073741824", "--topology=h100:1x4")
-  assert plan(run, *huge) == 1
-  told = capfd.readouterr().out
-  assert "no change was found with which it fits" in told
+  assert "change" not in capfd.readouterr().out
 
 
 def test_boxes_are_joined_by_a_slower_network(run, capfd):
@@ -388,6 +387,10 @@ def test_changes_are_ranked_and_tried_in_order(run):
   kinds = [(len(one.keys), bool(one.alters)) for one in tried]
   assert kinds == sorted(kinds)
   assert len({one.keys for one in tried}) == len(tried)
+  # Without a compiler the first of them stand as counted.
+  only = remedies.count_only(load, counted, count)
+  assert [one.change for one in only] == tried[: remedies.WANTED]
+  assert all(one.total == one.counted <= counted.memory for one in only)
 
 
 def test_meshes_cover_the_same_devices(run):
