@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from opd_jax import storage
 from opd_jax.storage import AnyPath
@@ -60,7 +61,15 @@ class Spool(contextlib.AbstractContextManager):
         self._known[file] = stamp
     self._last = time.monotonic()
 
-  def __exit__(self, *error: object) -> None:
-    if self._bucket is not None:
+  def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
+    if self._bucket is None:
+      return
+    try:
       self.upload()
+    except Exception as failure:
+      if error is None:
+        raise
+      # What ended the run is told, not what became of it.
+      error.add_note(f"The last logs were not uploaded: {failure!r}")
+    finally:
       shutil.rmtree(self.folder, ignore_errors=True)
