@@ -1,13 +1,12 @@
 """What the processes of a run tell each other on the host.
 
-Every function here is called by all processes. With one process nothing is
-sent. What one of them complains about, all raise: none waits for another that
-has ended.
+All processes call every function here but those of complaints. With one process
+nothing is sent. What one of them complains about in `exchange` or `from_first`,
+all raise. Elsewhere it is to `complain` before it ends, which ends the others.
 """
 
 import contextlib
 import itertools
-import pickle
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -16,6 +15,7 @@ import numpy as np
 from jax._src import distributed
 from jax.experimental import multihost_utils
 
+from opd_jax import messages
 from opd_jax.errors import InputError
 
 T = TypeVar("T")
@@ -85,7 +85,7 @@ def exchange(make: Callable[[], T]) -> list[T]:
   """What each process makes, in the order of the processes.
 
   Args:
-    make: gives what pickle takes, or raises InputError.
+    make: gives what `messages.pack` takes, or raises InputError.
 
   Raises:
     InputError: on all processes, that of the first process that raised one.
@@ -112,13 +112,13 @@ def from_first(make: Callable[[], T]) -> T:
 
 def _told(make: Callable[[], object]) -> bytes:
   try:
-    return pickle.dumps((None, make()))
+    return messages.pack((None, make()))
   except InputError as error:
-    return pickle.dumps((str(error), None))
+    return messages.pack((str(error), None))
 
 
 def _opened(told: bytes) -> T:
-  complaint, value = pickle.loads(told)
+  complaint, value = messages.unpack(told)
   if complaint is not None:
     raise InputError(complaint)
   return value

@@ -6,6 +6,7 @@ and those that changed are uploaded as a whole from time to time.
 
 import contextlib
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -69,7 +70,8 @@ class Spool(contextlib.AbstractContextManager):
     except Exception as failure:
       if error is None:
         raise
-      # What ended the run is told, not what became of it.
-      error.add_note(f"The last logs were not uploaded: {failure!r}")
+      # In the place of what ended the run it would hide that.
+      told = f"opd-jax: the last logs were not uploaded: {failure!r}"
+      print(told, file=sys.stderr)
     finally:
       shutil.rmtree(self.folder, ignore_errors=True)

@@ -3,6 +3,7 @@
 These are started as by a SLURM cluster, or by a user who names them.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -17,9 +18,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from opd_jax import processes, setup
+from opd_jax import messages, preflight, processes, setup
 from opd_jax.cli import distributed
 from opd_jax.config import RunConfig
+from opd_jax.data.ragged import Ragged
 from opd_jax.parsing import parse
 from opd_jax.sharding import make_mesh
 from opd_jax.train import train
@@ -145,6 +147,40 @@ def test_messages_go_in_pieces(monkeypatch):
   for size in (0, 1, 1024, 2048, 5000):
     told = np.random.default_rng(size).bytes(size)
     assert processes._gathered(told) == [told, told]
+
+
+def test_messages_are_read_as_they_were():
+  """All kinds of values that processes send."""
+  report = preflight.Report(
+    sections=(
+      preflight.Section(
+        title="memory",
+        lines=("a",),
+        figures={"bytes": 2**40, "share": np.float32(0.5), "none": None},
+      ),
+    )
+  )
+  assert messages.unpack(messages.pack((None, report))) == (None, report)
+  rows = [np.arange(3, dtype=np.int32), np.zeros(0, np.int32)]
+  sent = {"rows": Ragged.of(rows), 7: ["é", (True, float("inf"), -1)]}
+  found = messages.unpack(messages.pack(sent))
+  assert found[7] == sent[7]
+  for row, expected in zip(found["rows"].rows(), rows, strict=True):
+    np.testing.assert_array_equal(row, expected, strict=True)
+
+
+def test_a_message_runs_nothing():
+  for value in (
+    print,
+    b"x",
+    np.array(["x"]),
+    dataclasses.make_dataclass("D", ()),
+  ):
+    with pytest.raises(TypeError, match="is not sent"):
+      messages.pack(value)
+  for name in (["subprocess", "Popen"], ["opd_jax.messages", "pack"]):
+    with pytest.raises(TypeError, match="is no dataclass of opd_jax"):
+      messages._read({"dataclass": name, "fields": {"args": "true"}}, [])
 
 
 def test_shares_are_whole_and_even(monkeypatch):
