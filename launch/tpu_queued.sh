@@ -13,9 +13,10 @@
 #   --dry-run   prints the commands of one attempt, and runs none
 #
 # What follows -- goes to `opd-jax train`. The workdir must be one that outlives
-# the slice, such as a bucket. A start that fails sooner than QUICK_SECONDS (600)
-# while the slice stays is the last. Variables: this one, POLL_SECONDS (60)
-# between looks at the queue, and those of tpu_vm.sh.
+# the slice, such as a bucket. A start is the last that fails sooner than
+# QUICK_SECONDS (600) while the slice stays, or with status 2, bad input.
+# Variables: this one, and POLL_SECONDS (60) between looks at the queue; LOOKS
+# (10) in a row that fail are the last.
 set -euo pipefail
 
 usage() {
@@ -76,7 +77,7 @@ state() {
   local found
   if "${describe[@]}" 2>/dev/null; then return; fi
   found=$("${describe[@]}" 2>&1 >/dev/null) || true
-  if [[ $found == *NOT_FOUND* ]]; then echo ABSENT; else echo "$found"; fi
+  if [[ $found == *NOT_FOUND* ]]; then echo ABSENT; else echo "UNKNOWN $found"; fi
 }
 
 # shellcheck disable=SC2329  # The trap calls it.
@@ -95,7 +96,16 @@ trap 'exit 130' INT
 trap 'exit 143' TERM
 
 for ((attempt = 1; attempt <= attempts; attempt++)); do
+  unknown=0
   while found=$(state) && [ "$found" != ACTIVE ]; do
+    case $found in
+      UNKNOWN*) unknown=$((unknown + 1)) ;;
+      *) unknown=0 ;;
+    esac
+    if ((unknown >= ${LOOKS:-10})); then
+      echo "launch/tpu_queued.sh: $unknown looks at the queue failed: $found" >&2
+      exit 1
+    fi
     case $found in
       ABSENT) "${create[@]}" ;;
       FAILED | SUSPENDED) "${delete[@]}" ;;
@@ -104,8 +114,14 @@ for ((attempt = 1; attempt <= attempts; attempt++)); do
   done
   echo "attempt $attempt of $attempts" >&2
   began=$SECONDS
-  if "${train[@]}" -- "$@"; then exit 0; fi
+  ended=0
+  "${train[@]}" -- "$@" || ended=$?
   lasted=$((SECONDS - began))
+  if ((ended == 0)); then exit 0; fi
+  if ((ended == 2)); then
+    echo "launch/tpu_queued.sh: bad input; not started again" >&2
+    exit 2
+  fi
   # A slice that is taken away is called ACTIVE a little longer.
   sleep "${POLL_SECONDS:-60}"
   if [ "$(state)" = ACTIVE ] && ((lasted < ${QUICK_SECONDS:-600})); then

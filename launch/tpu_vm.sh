@@ -3,14 +3,19 @@
 # itself. Needs gcloud, logged in.
 #
 #   launch/tpu_vm.sh --tpu=NAME --zone=ZONE [--project=PROJECT] [--setup] \
-#     [--dry-run] -- --config=configs/... --workdir=/mnt/nfs/runs/q
+#     [--dry-run] -- --config=configs/... --workdir=gs://...
 #
 #   --setup    first copies the committed files of this checkout to every host
-#              and installs them there, into ~/opd_jax/.venv
+#              and installs them there, into ~/opd_jax/.venv, with the versions
+#              of requirements/lock-py312.txt and a Python 3.12 that uv gets
 #   --dry-run  prints the commands, and runs none
 #
 # What follows -- goes to `opd-jax train`. The workdir must be one that all
-# hosts reach. Variables: REMOTE_PYTHON (python3), Python 3.11 or later.
+# hosts reach. Ctrl-C may leave the processes of the hosts running; this ends
+# them, after they have saved:
+#
+#   gcloud compute tpus tpu-vm ssh NAME --zone=ZONE --worker=all \
+#     --command="pkill -TERM -f '[o]pd-jax train'"
 set -euo pipefail
 
 usage() {
@@ -45,13 +50,23 @@ on_every_host() {
 }
 
 if [ -n "$setup" ]; then
-  archive=${TMPDIR:-/tmp}/opd_jax.tar.gz
-  run git -C "$(dirname "$0")/.." archive --format=tar.gz -o "$archive" HEAD
-  run gcloud compute tpus tpu-vm scp "$archive" "$tpu:" "${where[@]}" \
-    --worker=all
+  root=$(dirname "$0")/..
+  folder=${TMPDIR:-/tmp}
+  if [ -z "$dry_run" ]; then
+    folder=$(mktemp -d)
+    trap 'rm -r "$folder"' EXIT
+  fi
+  run git -C "$root" archive --format=tar.gz -o "$folder/opd_jax.tar.gz" HEAD
+  run gcloud compute tpus tpu-vm scp "$folder/opd_jax.tar.gz" "$tpu:" \
+    "${where[@]}" --worker=all
+  # The Python of an image may be older than 3.11, and have no venv.
+  uv=$(sed -n 's/^\(uv==[0-9.]*\).*/\1/p' "$root/requirements/lock-py312.txt")
   on_every_host "mkdir -p opd_jax && tar -xzf opd_jax.tar.gz -C opd_jax \
-&& cd opd_jax && ${REMOTE_PYTHON:-python3} -m venv .venv \
-&& .venv/bin/pip install -q -e '.[tpu,gcs]'"
+&& cd opd_jax \
+&& PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install -q --user $uv \
+&& python3 -m uv venv -q --allow-existing --python=3.12 .venv \
+&& python3 -m uv pip install -q -c requirements/lock-py312.txt \
+-e '.[tpu,gcs]'"
 fi
 
 printf -v arguments ' %q' "$@"

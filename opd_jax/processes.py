@@ -1,20 +1,21 @@
 """What the processes of a run tell each other on the host.
 
-Every function here is called by all processes. With one process nothing is
-sent. What one of them complains about, all raise: none waits for another that
-has ended.
+All processes call every function here but those of complaints. With one process
+nothing is sent. What one of them complains about in `exchange` or `from_first`,
+all raise. Elsewhere it is to `complain` before it ends, which ends the others.
 """
 
+import contextlib
 import itertools
-import pickle
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax._src import distributed  # Has the only barrier off the devices.
+from jax._src import distributed
 from jax.experimental import multihost_utils
 
+from opd_jax import messages
 from opd_jax.errors import InputError
 
 T = TypeVar("T")
@@ -27,6 +28,9 @@ _PIECE = 2**22
 _MEETING_SECONDS = 3600
 _meetings = itertools.count()
 
+# Under what a complaint is kept for all to see.
+_COMPLAINT = "opd_jax complaint"
+
 
 def share(count: int) -> range:
   """The part of `count` things, in order, that is this process's to do."""
@@ -36,17 +40,52 @@ def share(count: int) -> range:
 
 def meet() -> None:
   """Waits for all. Collectives on CPUs wait 30 s only for those behind."""
-  client = distributed.global_state.client
+  client = _client()
   if client is not None:
     name = f"opd_jax {next(_meetings)}"
     client.wait_at_barrier(name, 1000 * _MEETING_SECONDS)
+
+
+def complain(message: str) -> None:
+  """Lets the others know what ends this process; the first one is kept.
+
+  For what is wrong outside of `exchange` and `from_first`.
+  """
+  client = _client()
+  if client is not None:
+    index, count = jax.process_index(), jax.process_count()
+    line = " ".join(part.strip() for part in message.splitlines())
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+      client.key_value_set(
+        _COMPLAINT, f"process {index} of {count} ended: {line}"
+      )
+
+
+def complaint() -> str | None:
+  """What a process ended with by `complain`, if one did."""
+  client = _client()
+  if client is None:
+    return None
+  try:
+    return client.key_value_try_get(_COMPLAINT)
+  except jax.errors.JaxRuntimeError:
+    return None
+
+
+def _client() -> Any | None:
+  """The service that the processes found each other by; None if they did not.
+
+  Its barrier and its store of words work off the devices. What JAX offers in
+  public does not, so they are taken from its inside, and in this place alone.
+  """
+  return distributed.global_state.client
 
 
 def exchange(make: Callable[[], T]) -> list[T]:
   """What each process makes, in the order of the processes.
 
   Args:
-    make: gives what pickle takes, or raises InputError.
+    make: gives what `messages.pack` takes, or raises InputError.
 
   Raises:
     InputError: on all processes, that of the first process that raised one.
@@ -73,13 +112,13 @@ def from_first(make: Callable[[], T]) -> T:
 
 def _told(make: Callable[[], object]) -> bytes:
   try:
-    return pickle.dumps((None, make()))
+    return messages.pack((None, make()))
   except InputError as error:
-    return pickle.dumps((str(error), None))
+    return messages.pack((str(error), None))
 
 
 def _opened(told: bytes) -> T:
-  complaint, value = pickle.loads(told)
+  complaint, value = messages.unpack(told)
   if complaint is not None:
     raise InputError(complaint)
   return value

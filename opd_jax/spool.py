@@ -6,10 +6,12 @@ and those that changed are uploaded as a whole from time to time.
 
 import contextlib
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from opd_jax import storage
 from opd_jax.storage import AnyPath
@@ -60,7 +62,16 @@ class Spool(contextlib.AbstractContextManager):
         self._known[file] = stamp
     self._last = time.monotonic()
 
-  def __exit__(self, *error: object) -> None:
-    if self._bucket is not None:
+  def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
+    if self._bucket is None:
+      return
+    try:
       self.upload()
+    except Exception as failure:
+      if error is None:
+        raise
+      # In the place of what ended the run it would hide that.
+      told = f"opd-jax: the last logs were not uploaded: {failure!r}"
+      print(told, file=sys.stderr)
+    finally:
       shutil.rmtree(self.folder, ignore_errors=True)

@@ -22,6 +22,7 @@ BASE = {
   "parsing",
   "sharding",
   "sequences",
+  "messages",
   "processes",
   "storage",
 }
@@ -68,7 +69,8 @@ ALLOWED = {
   "parsing": {"errors", "config"},
   "sharding": {"errors", "types", "config"},
   "sequences": {"errors", "types", "config"},
-  "processes": {"errors"},
+  "messages": set(),
+  "processes": {"errors", "messages"},
   "storage": {"errors"},
   #
   "models": BASE,

@@ -107,6 +107,9 @@ def test_tpu_vm_setup_comes_first():
   assert archive[0] == "git"
   assert copy[:5] == ["gcloud", "compute", "tpus", "tpu-vm", "scp"]
   assert "'.[tpu,gcs]'" in install[-1]
+  assert "--python=3.12" in install[-1]
+  assert "-c requirements/lock-py312.txt" in install[-1]
+  assert re.search(r" uv==\d[\d.]+ ", install[-1])
   assert "opd-jax train" in train[-1]
   for command in (copy, install, train):
     assert "--project=p" in command
@@ -163,39 +166,67 @@ case "$*" in
     echo run >> "$RUNS"
     [ "$(wc -l < "$RUNS")" -gt "$LOST" ] && exit 0
     [ -n "$STAYS" ] || echo SUSPENDED > "$STATE"
-    exit 1 ;;
+    exit "${ENDS:-1}" ;;
 esac
 """
 
 
+def _queued(folder, **environment):
+  """Of three attempts, with the gcloud above."""
+  (folder / "gcloud").write_text(GCLOUD)
+  (folder / "gcloud").chmod(0o755)
+  return _run(
+    *("tpu_queued.sh", *QUEUED, "--attempts=3", "--", *TRAIN),
+    PATH=f"{folder}:{os.environ['PATH']}",
+    TMPDIR=str(folder),
+    POLL_SECONDS="0",
+    **{name: str(folder / name) for name in ("LOG", "STATE", "RUNS")},
+    **environment,
+  )
+
+
 @pytest.mark.parametrize(
-  ("lost", "stays", "status", "runs", "told"),
+  ("lost", "stays", "ends", "status", "runs", "told"),
   [
-    (2, "", 0, 3, "attempt 3 of 3"),
-    (3, "", 1, 3, "gave up after 3 attempts"),
-    (1, "yes", 1, 1, "still there; not started again"),
+    (2, "", "1", 0, 3, "attempt 3 of 3"),
+    (3, "", "1", 1, 3, "gave up after 3 attempts"),
+    (1, "yes", "1", 1, 1, "still there; not started again"),
+    (1, "yes", "2", 2, 1, "bad input; not started again"),
   ],
 )
 def test_tpu_queued_resumes_and_leaves_nothing(
-  tmp_path, lost, stays, status, runs, told
+  tmp_path, lost, stays, ends, status, runs, told
 ):
-  (tmp_path / "gcloud").write_text(GCLOUD)
-  (tmp_path / "gcloud").chmod(0o755)
-  result = _run(
-    *("tpu_queued.sh", *QUEUED, "--attempts=3", "--", *TRAIN),
-    PATH=f"{tmp_path}:{os.environ['PATH']}",
-    TMPDIR=str(tmp_path),
-    POLL_SECONDS="0",
-    LOST=str(lost),
-    STAYS=stays,
-    **{name: str(tmp_path / name) for name in ("LOG", "STATE", "RUNS")},
-  )
+  result = _queued(tmp_path, LOST=str(lost), STAYS=stays, ENDS=ends)
   assert result.returncode == status, result.stderr
   assert told in result.stderr
   assert len((tmp_path / "RUNS").read_text().splitlines()) == runs
   assert not (tmp_path / "STATE").exists(), "the slice is deleted"
   log = (tmp_path / "LOG").read_text()
   assert log.count(" create ") == (runs if not stays else 1)
+  assert not list(tmp_path.rglob("*.tar.gz")), "the archive is deleted"
+
+
+def test_tpu_queued_does_not_look_for_ever(tmp_path):
+  (tmp_path / "gcloud").write_text(
+    "#!/usr/bin/env bash\n"
+    'echo "$*" >> "$LOG"\n'
+    'case "$*" in *describe*) echo PERMISSION_DENIED >&2 && exit 1 ;; esac\n'
+  )
+  (tmp_path / "gcloud").chmod(0o755)
+  result = _run(
+    *("tpu_queued.sh", *QUEUED, "--", *TRAIN),
+    PATH=f"{tmp_path}:{os.environ['PATH']}",
+    POLL_SECONDS="0",
+    LOOKS="3",
+    LOG=str(tmp_path / "LOG"),
+  )
+  assert result.returncode == 1
+  assert "3 looks at the queue failed" in result.stderr
+  assert "PERMISSION_DENIED" in result.stderr
+  log = (tmp_path / "LOG").read_text()
+  assert " create " not in log
+  assert " delete " in log, "it may be there, and cost"
 
 
 JOBSET = [
@@ -272,6 +303,7 @@ def test_bad_arguments(script, arguments, message):
 def test_dockerfile_installs_extras_that_there_are():
   project = tomllib.loads((LAUNCH.parent / "pyproject.toml").read_text())
   text = (LAUNCH / "Dockerfile").read_text()
+  assert "python:3.12" in text
   used = re.findall(r"--build-arg ACCELERATOR=(\w+)", text)
   assert len(used) == 2
   assert {*used, "gcs"} <= project["project"]["optional-dependencies"].keys()

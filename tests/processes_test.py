@@ -3,6 +3,7 @@
 These are started as by a SLURM cluster, or by a user who names them.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -17,8 +18,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from opd_jax import processes, setup
+from opd_jax import messages, preflight, processes, setup
+from opd_jax.cli import distributed
 from opd_jax.config import RunConfig
+from opd_jax.data.ragged import Ragged
 from opd_jax.parsing import parse
 from opd_jax.sharding import make_mesh
 from opd_jax.train import train
@@ -146,6 +149,40 @@ def test_messages_go_in_pieces(monkeypatch):
     assert processes._gathered(told) == [told, told]
 
 
+def test_messages_are_read_as_they_were():
+  """All kinds of values that processes send."""
+  report = preflight.Report(
+    sections=(
+      preflight.Section(
+        title="memory",
+        lines=("a",),
+        figures={"bytes": 2**40, "share": np.float32(0.5), "none": None},
+      ),
+    )
+  )
+  assert messages.unpack(messages.pack((None, report))) == (None, report)
+  rows = [np.arange(3, dtype=np.int32), np.zeros(0, np.int32)]
+  sent = {"rows": Ragged.of(rows), 7: ["é", (True, float("inf"), -1)]}
+  found = messages.unpack(messages.pack(sent))
+  assert found[7] == sent[7]
+  for row, expected in zip(found["rows"].rows(), rows, strict=True):
+    np.testing.assert_array_equal(row, expected, strict=True)
+
+
+def test_a_message_runs_nothing():
+  for value in (
+    print,
+    b"x",
+    np.array(["x"]),
+    dataclasses.make_dataclass("D", ()),
+  ):
+    with pytest.raises(TypeError, match="is not sent"):
+      messages.pack(value)
+  for name in (["subprocess", "Popen"], ["opd_jax.messages", "pack"]):
+    with pytest.raises(TypeError, match="is no dataclass of opd_jax"):
+      messages._read({"dataclass": name, "fields": {"args": "true"}}, [])
+
+
 def test_shares_are_whole_and_even(monkeypatch):
   for count, of in ((10, 4), (3, 4), (0, 2), (8, 1)):
     monkeypatch.setattr(jax, "process_count", lambda of=of: of)
@@ -201,7 +238,9 @@ def test_four_processes_two_and_one_make_one_run(monkeypatch, tmp_path):
   assert time.monotonic() - began < 3 * HEARTBEAT
   assert [status for status, *_ in results] == [1, 1, 1, -9], results
   for _, _, err in results[:3]:
-    (line,) = [line for line in err.splitlines() if "error" in line]
+    assert "Traceback" in err
+    line = err.splitlines()[-1]
+    assert line.startswith("opd-jax: error: process ")
     assert "of 4 lost another one" in line
     assert "the same command resumes" in line
   drawn = _records(many, "samples.jsonl")
@@ -286,3 +325,93 @@ def test_two_processes_fail_together(tmp_path):
   assert all(result[0] == 2 for result in results), results
   assert "raised KeyError" in results[0][2]
   assert results[0][2] == results[1][2]
+
+
+# The second ends as it is told to, while the first waits for it.
+WAITING = """import os
+import signal
+import sys
+
+import jax
+from absl import flags
+
+from opd_jax import cli, processes
+from opd_jax.cli import distributed, train
+from opd_jax.errors import InputError
+
+
+def run(arguments):
+  values = flags.FlagValues()
+  distributed.define(values)
+  end, *rest = arguments
+  values(["train", *rest])
+  with distributed.Joined(values):
+    if jax.process_index() == 1 and end == "complain":
+      raise InputError("no such model; get it")
+    if jax.process_index() == 1:
+      os.kill(os.getpid(), signal.SIGSTOP)
+    processes.meet()
+
+
+train.run = run
+sys.exit(cli.main(["train", *sys.argv[1:]]))
+"""
+
+
+def _wait_for_second(end, heartbeat):
+  port = _free_port()
+  started = [
+    subprocess.Popen(
+      [
+        *(sys.executable, "-c", WAITING, end),
+        f"--coordinator=localhost:{port}",
+        "--processes=2",
+        f"--process_id={index}",
+        f"--heartbeat={heartbeat}",
+      ],
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for index in range(2)
+  ]
+  try:
+    return _finish(started[:1] if end == "stop" else started, timeout=60)
+  finally:
+    for process in started:
+      process.kill()
+      process.communicate()
+
+
+@pytest.mark.slow
+def test_bad_input_of_one_process_ends_all():
+  """Wherever the others are; here they wait for it."""
+  (first, _, told), (second, _, own) = _wait_for_second("complain", 6)
+  assert (first, second) == (2, 2), (told, own)
+  complaint = "no such model; get it"
+  assert told == f"opd-jax: error: process 1 of 2 ended: {complaint}\n"
+  assert own == f"opd-jax: error: {complaint}\n"
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_ends_the_others():
+  """Its connections stay open: only the heartbeat tells."""
+  began = time.monotonic()
+  ((status, _, err),) = _wait_for_second("stop", 4)
+  assert status not in (0, 2), err
+  assert "heartbeat" in err
+  assert time.monotonic() - began < 40
+
+
+@pytest.mark.parametrize(
+  ("error", "count", "loss"),
+  [
+    (jax.errors.JaxRuntimeError("INTERNAL: Gloo: closed by peer"), 2, True),
+    (jax.errors.JaxRuntimeError("UNAVAILABLE: no heartbeat"), 2, True),
+    (jax.errors.JaxRuntimeError("UNAVAILABLE: no heartbeat"), 1, False),
+    (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: HBM"), 2, False),
+    (RuntimeError("503 Service Unavailable: https://bucket"), 2, False),
+  ],
+)
+def test_only_jax_says_that_a_process_is_lost(error, count, loss):
+  assert distributed.is_loss(error, count) is loss

@@ -280,6 +280,28 @@ def test_logs_of_a_run_grow_in_a_bucket(bucket):
   assert [json.loads(line)["train/loss"] for line in lines] == [1, 1, 2]
 
 
+@pytest.mark.parametrize("error", [None, FloatingPointError("loss is nan")])
+def test_an_upload_that_fails_hides_no_error(
+  bucket, monkeypatch, capsys, error
+):
+  logs = spool.Spool(storage.to_path("gs://runs/one"))
+
+  def fail(*args):
+    raise OSError("no network")
+
+  def end():
+    with logs:
+      (logs.folder / "file").write_text("x")
+      if error is not None:
+        raise error
+
+  monkeypatch.setattr(storage, "upload", fail)
+  with pytest.raises(type(error or OSError())):
+    end()
+  assert ("no network" in capsys.readouterr().err) is (error is not None)
+  assert not logs.folder.exists()
+
+
 def test_a_local_workdir_needs_no_spool(tmp_path):
   with spool.Spool(tmp_path, LOGS) as local:
     (local.folder / "file").write_text("x")

@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import sys
+import threading
 import time
 import traceback
 from typing import Any
@@ -15,6 +16,9 @@ HEARTBEAT_SECONDS = 60
 
 # The first process, which serves the heartbeats, lets the others end first.
 _LAST_SECONDS = 3
+
+# Between two looks at whether another process complains.
+_LOOK_SECONDS = 1
 
 # How the runtime speaks of a process that is gone.
 _LOST = re.compile(
@@ -60,8 +64,10 @@ def define(values: Any) -> None:
 class Joined(contextlib.AbstractContextManager):
   """Within it this is one process of many, if the flags say so.
 
-  What ends all of them alike, such as bad input, passes. Any other error ends
-  this process at once, without waiting for the others: they notice.
+  Bad input passes, and ends the others too, wherever they are: those that do
+  not come upon it themselves within half of `--heartbeat` tell it and exit with
+  status 2. A metric that is not finite passes: it is so on all. Any other error
+  ends this process at once, without waiting for the others: they notice.
   """
 
   def __init__(self, values: Any):
@@ -100,16 +106,46 @@ class Joined(contextlib.AbstractContextManager):
         "all were started, or name them by --coordinator=HOST:PORT, "
         "--processes=N and --process_id=I"
       ) from error
+    # The one that complains waits for the others as long as `--heartbeat`.
+    self._grace = values.heartbeat / 2
+    self._ended = threading.Event()
+    self._listener = threading.Thread(target=self._listen, daemon=True)
+    self._listener.start()
+
+  def _listen(self) -> None:
+    """Ends this process if another one complains, and this one does not."""
+    import jax
+
+    from opd_jax import processes
+
+    while not self._ended.wait(_LOOK_SECONDS):
+      complaint = processes.complaint()
+      if complaint is None:
+        continue
+      if self._ended.wait(self._grace):
+        return
+      print(f"opd-jax: error: {complaint}", file=sys.stderr, flush=True)
+      with contextlib.suppress(RuntimeError):
+        jax.distributed.shutdown()  # Waits for the others.
+      os._exit(2)
 
   def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-    alike = InputError | FloatingPointError
-    if not self._joined or not isinstance(error, Exception):
+    if not self._joined:
       return
-    if isinstance(error, alike):
+    self._ended.set()
+    self._listener.join()
+    if not isinstance(error, Exception):
+      return
+    if isinstance(error, InputError):
+      from opd_jax import processes
+
+      processes.complain(str(error))
+    if isinstance(error, InputError | FloatingPointError):
       return
     import jax
 
-    if _LOST.search(str(error)):
+    traceback.print_exception(error)
+    if is_loss(error, jax.process_count()):
       first = str(error).partition("\n")[0]
       print(
         f"opd-jax: error: process {jax.process_index()} of "
@@ -118,11 +154,20 @@ class Joined(contextlib.AbstractContextManager):
         "last checkpoint",
         file=sys.stderr,
       )
-    else:
-      traceback.print_exception(error)
     sys.stdout.flush()
     sys.stderr.flush()
     if jax.process_index() == 0:
       # The others are aborted, with a stack trace, where it goes before them.
       time.sleep(_LAST_SECONDS)
     os._exit(1)
+
+
+def is_loss(error: Exception, count: int) -> bool:
+  """Whether one of `count` processes failed because another one is gone.
+
+  What JAX raises alone says so: a bucket, too, may be "unavailable".
+  """
+  import jax
+
+  told_by_jax = isinstance(error, jax.errors.JaxRuntimeError)
+  return told_by_jax and count > 1 and _LOST.search(str(error)) is not None
