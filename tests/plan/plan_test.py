@@ -6,6 +6,7 @@ import math
 import os
 import types
 
+import jax
 import pytest
 from jax.experimental import topologies
 
@@ -72,9 +73,18 @@ def run(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
-  """The command sets variables for this process alone."""
+  """The command sets variables for this process alone.
+
+  That which turns the cache off comes too late here, where jax has started:
+  nothing is written to it, and what is not there is not read.
+  """
   for name in ("JAX_PLATFORMS", "JAX_ENABLE_COMPILATION_CACHE"):
     monkeypatch.setenv(name, os.environ.get(name, ""))
+  option = "jax_persistent_cache_min_compile_time_secs"
+  least = getattr(jax.config, option)
+  jax.config.update(option, 1e9)
+  yield
+  jax.config.update(option, least)
 
 
 def plan(run, *arguments):
