@@ -28,6 +28,7 @@ BASE = {
 TEXT = {"tokenizer", "templates", "arith", "data"}
 PARTS = BASE | {"models", "sampling", "objectives"} | TEXT
 CORE = PARTS | {
+  "chunks",
   "scoring",
   "selector",
   "gradient",
@@ -79,7 +80,8 @@ ALLOWED = {
   "arith": {"errors", "config", "parsing"},
   "data": BASE | {"tokenizer", "templates", "arith"},
   #
-  "scoring": PARTS,
+  "chunks": {"sharding"},
+  "scoring": PARTS | {"chunks"},
   "selector": PARTS,
   "gradient": PARTS | {"scoring", "selector"},
   "optim": PARTS,
