@@ -204,6 +204,15 @@ def test_every_module_has_a_row():
   )
 
 
+def test_a_module_has_at_most_500_lines():
+  long = {
+    path.name: lines
+    for path in PACKAGE.rglob("*.py")
+    if (lines := len(path.read_text().splitlines())) > 500
+  }
+  assert not long, f"{long}: move an idea of it to a module of its own"
+
+
 def test_table_has_no_cycle():
   names = {name for targets in ALLOWED.values() for name in targets}
   assert names <= set(ALLOWED), f"no row for {sorted(names - set(ALLOWED))}"
