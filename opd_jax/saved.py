@@ -196,7 +196,7 @@ def find(path: str | AnyPath, step: str = "latest") -> Saved:
   return Saved(source=source, architecture=architecture, adapter=adapter)
 
 
-def find_run(workdir: str | Path, step: str = "latest") -> Saved:
+def find_run(workdir: str | AnyPath, step: str = "latest") -> Saved:
   """Finds a checkpoint of a run; see `find`."""
   folder = storage.to_path(workdir)
   checkpoints = Checkpoints(folder / CHECKPOINT_FOLDER, None)
