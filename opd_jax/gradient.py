@@ -23,7 +23,6 @@ from jaxtyping import Array, Bool, Float
 from opd_jax.objectives import reduce
 from opd_jax.objectives.base import Needs, Objective, Signals, Terms
 from opd_jax.scoring import (
-  Chunks,
   Found,
   Measure,
   Observed,
@@ -402,7 +401,7 @@ class _GradientLoop:
     self, chunk_loss: Any, trained: Any, head: Params, **extra: Any
   ) -> Any:
     """Scans `chunk_loss`; gradients in the trained states and in the head."""
-    chunks = Chunks.of(self.scorer, self.batch)
+    chunks = self.scorer.chunks(self.batch)
     by_token = chunks.cut(
       {
         "trained": trained,

@@ -39,7 +39,7 @@ class Saved:
 
   source: str
   architecture: ModelConfig
-  adapter: Path | None = None
+  adapter: AnyPath | None = None
   workdir: AnyPath | None = None
   config: RunConfig | SftConfig | None = None
   step: int | None = None
@@ -168,13 +168,13 @@ class Saved:
     return student, state
 
 
-def find(path: str | Path, step: str = "latest") -> Saved:
+def find(path: str | AnyPath, step: str = "latest") -> Saved:
   """Finds a model and checks that its weights are there.
 
   Args:
     path: the folder of a run, of a Hugging Face checkpoint, of an adapter of
-      one as PEFT writes it, or `org/name` or `org/name@revision` in the Hugging
-      Face cache.
+      one as PEFT writes it, each also in a bucket; or `org/name` or
+      `org/name@revision` in the Hugging Face cache.
     step: of a run: "latest", "best" or a number.
 
   Raises:
@@ -187,7 +187,7 @@ def find(path: str | Path, step: str = "latest") -> Saved:
       f"step is for the folder of a run, and {path} is none; leave it out, or "
       "name the workdir of a run"
     )
-  adapter = Path(path).expanduser() if peft.is_adapter(path) else None
+  adapter = storage.to_path(path) if peft.is_adapter(path) else None
   source = str(path) if adapter is None else peft.read_base(adapter)
   architecture = hf.read_config(source)
   hf.check(source, architecture)
@@ -196,7 +196,7 @@ def find(path: str | Path, step: str = "latest") -> Saved:
   return Saved(source=source, architecture=architecture, adapter=adapter)
 
 
-def find_run(workdir: str | Path, step: str = "latest") -> Saved:
+def find_run(workdir: str | AnyPath, step: str = "latest") -> Saved:
   """Finds a checkpoint of a run; see `find`."""
   folder = storage.to_path(workdir)
   checkpoints = Checkpoints(folder / CHECKPOINT_FOLDER, None)

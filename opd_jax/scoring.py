@@ -14,7 +14,6 @@ completion token t.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from opd_jax import sequences
+from opd_jax.chunks import Chunks
 from opd_jax.models import Model, lora
 from opd_jax.objectives import divergences
 from opd_jax.objectives.base import (
@@ -222,6 +222,17 @@ class Scorer:
 
     return self._each(role, of_model, params)
 
+  def chunks(self, batch: ScoringBatch, slots: int | None = None) -> Chunks:
+    """How a loop over T cuts the arrays of these rows.
+
+    Args:
+      batch: the rows.
+      slots: the most of a row that a chunk may have; None for all.
+    """
+    rows, length = batch.tokens.shape
+    layout, tokens = self.student.layout, self.chunk_tokens
+    return Chunks.of(layout, rows, length, tokens, slots or length)
+
   def _each(self, role: str, function: Callable, *parts: Any) -> Any:
     """A function of the model of a role, or of each of several teachers."""
     models = self.models(role)
@@ -241,7 +252,7 @@ class Scorer:
 
     Whole distributions are left out: only what `measure` makes of them is kept.
     """
-    chunks = Chunks.of(self, batch, measure.slots if measure else None)
+    chunks = self.chunks(batch, measure.slots if measure else None)
     wide = measure.roles if measure else ()
     requests = {
       role: dataclasses.replace(
@@ -402,90 +413,6 @@ class Scorer:
       return logprobs, None
     whole = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     return logprobs, -jnp.expm1(normalizer - whole)[..., 0]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Chunks:
-  """How the T axis of [B, T, ...] arrays is cut for a scan.
-
-  Where the sequence is spread, T is first cut into as many parts, and a chunk
-  has a piece of every part: its tokens lie where their part lies.
-  """
-
-  scorer: Scorer
-  rows: int
-  length: int
-  parts: int
-  count: int
-  size: int
-
-  @classmethod
-  def of(
-    cls, scorer: Scorer, batch: ScoringBatch, slots: int | None = None
-  ) -> "Chunks":
-    """Equal chunks of about `chunk_tokens` tokens per shard.
-
-    Of at most `slots` slots in all, if given.
-    """
-    rows, length = batch.tokens.shape
-    layout = scorer.student.layout
-    parts = layout.shards("sequence")
-    part = math.ceil(length / parts)
-    size = scorer.chunk_tokens // max(1, rows // layout.shards("batch"))
-    size = min(size, math.ceil((slots or length) / parts))
-    count = math.ceil(part / min(max(size, 1), part))
-    return cls(
-      scorer=scorer,
-      rows=rows,
-      length=length,
-      parts=parts,
-      count=count,
-      size=math.ceil(part / count),
-    )
-
-  def cut(self, tree: Any) -> Any:
-    """[B, T, ...] -> [chunks, B, C, ...], padded with 0 behind T."""
-
-    def leaf(array: Array) -> Array:
-      behind = self.parts * self.count * self.size - self.length
-      padding = [(0, 0), (0, behind)] + [(0, 0)] * (array.ndim - 2)
-      array = jnp.pad(array, padding)
-      shape = (self.rows, self.parts, self.count, self.size, *array.shape[2:])
-      array = jnp.moveaxis(array.reshape(shape), 2, 0)
-      array = array.reshape(self.count, self.rows, -1, *array.shape[4:])
-      axes = (None, "batch", "sequence") + (None,) * (array.ndim - 3)
-      return self.scorer.student.layout.constrain(array, axes)
-
-    return jax.tree.map(leaf, tree)
-
-  def join(self, tree: Any) -> Any:
-    """The inverse of `cut`."""
-
-    def leaf(array: Array) -> Array:
-      shape = (self.count, self.rows, self.parts, self.size, *array.shape[3:])
-      array = jnp.moveaxis(array.reshape(shape), 0, 2)
-      array = array.reshape(self.rows, -1, *array.shape[4:])
-      return array[:, : self.length]
-
-    return jax.tree.map(leaf, tree)
-
-  def apart(self, tree: Any) -> Any:
-    """[B, C, ...] of a chunk -> [parts, B, C / parts, ...]."""
-
-    def leaf(array: Array) -> Array:
-      shape = (self.rows, self.parts, self.size, *array.shape[2:])
-      return array.reshape(shape).swapaxes(0, 1)
-
-    return jax.tree.map(leaf, tree)
-
-  def together(self, tree: Any) -> Any:
-    """The inverse of `apart`."""
-
-    def leaf(array: Array) -> Array:
-      shape = (self.rows, self.parts * self.size, *array.shape[3:])
-      return array.swapaxes(0, 1).reshape(shape)
-
-    return jax.tree.map(leaf, tree)
 
 
 def bundle_scores(

@@ -193,7 +193,7 @@ def test_the_student_is_not_held_as_int8(folder):
 
 
 def test_devices_that_cannot_read_the_host_are_named(monkeypatch):
-  monkeypatch.setattr("opd_jax.models.api.HOST_MEMORY", "no_such_memory")
+  monkeypatch.setattr("opd_jax.models.weights.HOST_MEMORY", "no_such_memory")
   teacher = dataclasses.replace(engine.make_step().scorer.teacher, offload=True)
   with pytest.raises(InputError, match=r"cannot read the host's.*set it to Fa"):
     teacher.abstract_params()

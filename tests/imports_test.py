@@ -29,6 +29,7 @@ BASE = {
 TEXT = {"tokenizer", "templates", "arith", "data"}
 PARTS = BASE | {"models", "sampling", "objectives"} | TEXT
 CORE = PARTS | {
+  "chunks",
   "scoring",
   "selector",
   "gradient",
@@ -81,7 +82,8 @@ ALLOWED = {
   "arith": {"errors", "config", "parsing"},
   "data": BASE | {"tokenizer", "templates", "arith"},
   #
-  "scoring": PARTS,
+  "chunks": {"sharding"},
+  "scoring": PARTS | {"chunks"},
   "selector": PARTS,
   "gradient": PARTS | {"scoring", "selector"},
   "optim": PARTS,
@@ -202,6 +204,15 @@ def test_every_module_has_a_row():
     "tests/imports_test.py that lists the opd_jax modules it may import, and "
     "name it in the rows, or the group, of those that may import it"
   )
+
+
+def test_a_module_has_at_most_500_lines():
+  long = {
+    path.name: lines
+    for path in PACKAGE.rglob("*.py")
+    if (lines := len(path.read_text().splitlines())) > 500
+  }
+  assert not long, f"{long}: move an idea of it to a module of its own"
 
 
 def test_table_has_no_cycle():

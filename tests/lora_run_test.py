@@ -220,6 +220,9 @@ def test_adapters_that_cannot_be_read(tmp_path):
   save_file({key: tensors[key] for key in tensors if key != name}, weights)
   with pytest.raises(InputError, match="do not belong together"):
     peft.load(tmp_path / "a", model)
+  save_file({key: tensors[key].astype(np.int32) for key in tensors}, weights)
+  with pytest.raises(InputError, match=r"is I32, must be one of F32"):
+    peft.load(tmp_path / "a", model)
   weights.write_bytes(b"no tensors")
   with pytest.raises(InputError, match="damaged or no safetensors"):
     peft.load(tmp_path / "a", model)

@@ -361,14 +361,20 @@ def test_however_it_is_cut(case, changes):
 
 
 @pytest.mark.parametrize(
-  ("case", "micro_batches"), [(0, 1), (3, 2), (5, 1), (6, 2)]
+  ("case", "micro_batches", "mesh"),
+  [
+    (0, 1, {"fsdp": 2, "tensor": 2, "context": 2}),
+    (3, 2, {"replica": 2, "fsdp": 2, "tensor": 2}),
+    (5, 1, {"replica": 2, "fsdp": 2, "tensor": 2}),
+    (6, 2, {"fsdp": 2, "tensor": 2, "context": 2}),
+  ],
 )
-def test_eight_devices_are_one(case, micro_batches):
+def test_eight_devices_are_one(case, micro_batches, mesh):
   name, options = CASES[case]
   found = _evaluate(
     name,
     options,
-    mesh={"replica": 2, "fsdp": 2, "tensor": 2},
+    mesh=mesh,
     devices=8,
     micro_batches=micro_batches,
   )

@@ -156,7 +156,11 @@ def test_packed_rows_equal_plain_autodiff_of_causal_rows():
       "mesh": {"replica": 2, "fsdp": 2, "tensor": 2},
       "devices": 8,
     },
-    {"mesh": {"fsdp": 2, "tensor": 4}, "devices": 8, "micro_batches": 2},
+    {
+      "mesh": {"fsdp": 2, "tensor": 2, "context": 2},
+      "devices": 8,
+      "micro_batches": 2,
+    },
   ],
   ids=str,
 )

@@ -211,8 +211,6 @@ def test_the_reference_is_read():
     ("eopd", 2),
     ("quantile", 1),
     ("three_terms", 1),
-    ("two_prompts", 2),
-    ("whole_rows", 1),
     ("reopold", 1),
     ("reopold_refining", 2),
     ("exopd", 2),
@@ -224,6 +222,15 @@ def test_the_reference_is_read():
 )
 def test_eight_devices_are_one(name, micro_batches):
   _assert_eight_devices_are_one(name, micro_batches)
+
+
+@pytest.mark.parametrize(
+  ("name", "micro_batches"), [("two_prompts", 2), ("whole_rows", 1)]
+)
+def test_eight_devices_are_one_with_spread_rows(name, micro_batches):
+  """Each has a part of the slots of a row; gkd is in `context_test`."""
+  mesh = {"fsdp": 2, "tensor": 2, "context": 2}
+  _assert_eight_devices_are_one(name, micro_batches, mesh)
 
 
 def test_eight_devices_are_one_by_other_rules():

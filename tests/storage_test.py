@@ -19,13 +19,14 @@ from opd_jax import saved, setup, spool, storage, tokenizer
 from opd_jax.config import RunConfig
 from opd_jax.data import files
 from opd_jax.errors import InputError
-from opd_jax.export import export
+from opd_jax.export import export, export_adapter
 from opd_jax.metrics import LOGS, Writer
-from opd_jax.models import Model, hf
+from opd_jax.models import Model, hf, peft
 from opd_jax.parsing import parse
 from opd_jax.sharding import TRAIN_RULES, Layout, make_mesh
 from opd_jax.train import train
 from tests import gcs, pair
+from tests.lora_test import lora_of, spread
 from tests.models import tiny
 
 # `fsspec.registry` is the module's mapping, not the module.
@@ -111,6 +112,34 @@ def test_a_checkpoint_in_a_bucket_is_that_of_a_folder(bucket, folder, tmp_path):
   assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (
     folder / "tokenizer.json"
   ).read_bytes()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_adapter_in_a_bucket_is_that_of_a_folder(
+  bucket, folder, tmp_path, dtype
+):
+  """Its base is in the bucket as well."""
+  base = "gs://models/tiny"
+  _upload(bucket, folder, base)
+  config = tiny.CONFIGS["llama"]
+  model = Model(config, tiny.layout(), lora=lora_of(config))
+  trained = spread(model.abstract_trained(), 0, 1.0)
+  for out in ("gs://models/adapter", tmp_path / "adapter"):
+    export_adapter(trained, model, base, out, dtype)
+  there, here = (
+    saved.find(path) for path in ("gs://models/adapter", tmp_path / "adapter")
+  )
+  assert str(there.adapter) == "gs://models/adapter"
+  assert there.source == here.source == base
+  read = peft.load(there.adapter, model)
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    read,
+    jax.tree.map(lambda leaf: leaf.astype(dtype).astype("float32"), trained),
+  )
+  jax.tree.map(
+    np.testing.assert_array_equal, peft.load(here.adapter, model), read
+  )
 
 
 def test_only_the_rows_in_question_are_fetched(bucket, folder):

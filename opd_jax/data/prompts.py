@@ -19,38 +19,11 @@ from jaxtyping import Int
 
 from opd_jax import processes, templates
 from opd_jax.config import DataConfig
-from opd_jax.data import order, sources, store
+from opd_jax.data import order, preparing, sources, store
 from opd_jax.data.files import Row
-from opd_jax.data.ragged import Ragged
+from opd_jax.data.preparing import Example, Ids, PromptReport, Share
 from opd_jax.errors import InputError
-from opd_jax.templates import Prompt
 from opd_jax.tokenizer import Tokenizer
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PromptReport:
-  """What became of the rows of a source, or of all; lengths in ids.
-
-  Attributes:
-    rows: that were read.
-    kept: used as prompts, the truncated ones included.
-    truncated: longer than the window, first ids cut off.
-    dropped: longer than the window, not used.
-    empty: without a single id, not used.
-    longest: the student's longest prompt before any cut to the window.
-    mean_length: of the student's prompts as used; 0 if there is none.
-    given_cut: given completions longer than sampling.max_new_tokens, whose
-      first ids alone are used, as if they had been drawn with that limit.
-  """
-
-  rows: int
-  kept: int
-  truncated: int
-  dropped: int
-  empty: int
-  longest: int
-  mean_length: float
-  given_cut: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,80 +58,6 @@ class Batch(Tokens):
   teacher: Tokens | None = None
   given: Tokens | None = None
   answers: tuple[str, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Example:
-  """A row of a source and what is made of it, before any cut to the window.
-
-  Attributes:
-    source: its name in `data.sources`.
-    index: of the row in its source, from 0.
-    where: the row in words.
-    row: its fields.
-    student: the student's prompt.
-    teacher: the teacher's; None if it reads the student's ids.
-    given: the completion of a source that is `given`; else None.
-  """
-
-  source: str
-  index: int
-  where: str
-  row: Row
-  student: Prompt
-  teacher: Prompt | None
-  given: tuple[int, ...] | None = None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Ids:
-  """The ids of a row as both models read them, and those that are given.
-
-  `teacher` is the array of the student where it reads the same; `answer` is
-  None where nobody asks for it.
-  """
-
-  student: np.ndarray
-  teacher: np.ndarray
-  given: np.ndarray
-  answer: str | None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Share:
-  """What a process made of its rows of a source, as it is sent."""
-
-  index: tuple[int, ...]
-  student: Ragged
-  teacher: Ragged | None
-  given: Ragged
-  answers: tuple[str | None, ...]
-  report: PromptReport
-
-  @classmethod
-  def of(cls, kept: Mapping[int, _Ids], report: PromptReport) -> "_Share":
-    rows = list(kept.values())
-    same = all(ids.teacher is ids.student for ids in rows)
-    return cls(
-      index=tuple(kept),
-      student=Ragged.of([ids.student for ids in rows]),
-      teacher=None if same else Ragged.of([ids.teacher for ids in rows]),
-      given=Ragged.of([ids.given for ids in rows]),
-      answers=tuple(ids.answer for ids in rows),
-      report=report,
-    )
-
-  def rows(self) -> Iterator[tuple[int, _Ids]]:
-    student = self.student.rows()
-    teacher = student if self.teacher is None else self.teacher.rows()
-    for index, *ids, answer in zip(
-      self.index, student, teacher, self.given.rows(), self.answers, strict=True
-    ):
-      read, scored, given = ids
-      yield (
-        index,
-        _Ids(student=read, teacher=scored, given=given, answer=answer),
-      )
 
 
 class Prompts(Iterator[Batch]):
@@ -222,7 +121,7 @@ class Prompts(Iterator[Batch]):
     self._teachers = dict.fromkeys(config.sources, default)
     self._teachers |= domain_teachers or {}
     self._window = config.max_prompt_tokens
-    self._rows: dict[int, _Ids] = {}
+    self._rows: dict[int, Ids] = {}
     self.reports: dict[str, PromptReport] = {}
     rows_of = {}
     first = 0
@@ -240,12 +139,12 @@ class Prompts(Iterator[Batch]):
       kept = {
         first + index: ids for share in shares for index, ids in share.rows()
       }
-      self.reports[name] = _total([share.report for share in shares])
+      self.reports[name] = preparing.total([share.report for share in shares])
       self._firsts.append(first)
       rows_of[name] = list(kept)
       self._rows |= kept
       first += self.reports[name].rows
-    self.report = _total(list(self.reports.values()))
+    self.report = preparing.total(list(self.reports.values()))
     _check_kept(config, self.reports)
     self.teacher_window = None
     if any(source.teacher_prompt for source in config.sources.values()):
@@ -336,10 +235,10 @@ class Prompts(Iterator[Batch]):
     vocab_size: int,
     completion_tokens: int,
     answer: str | None,
-  ) -> _Share:
+  ) -> Share:
     """What this process makes of its rows of a source."""
     first, rows = sources.read_share(self._config.sources[name])
-    kept, report = _prepare(
+    kept, report = preparing.prepare(
       self._config,
       (
         self._example(name, index, row)
@@ -350,7 +249,7 @@ class Prompts(Iterator[Batch]):
       completion_tokens,
       answer,
     )
-    return _Share.of(kept, report)
+    return Share.of(kept, report)
 
   def _example(self, name: str, index: int, row: Row) -> Example:
     source = self._config.sources[name]
@@ -378,80 +277,6 @@ class Prompts(Iterator[Batch]):
     )
 
 
-def _prepare(
-  config: DataConfig,
-  examples: Iterator[Example],
-  vocab_size: int,
-  teacher_vocab_size: int,
-  completion_tokens: int,
-  answer: str | None,
-) -> tuple[dict[int, _Ids], PromptReport]:
-  """Ids of a source that are used, by row, and the counts."""
-  window = config.max_prompt_tokens
-  kept: dict[int, _Ids] = {}
-  count = empty = overlong = longest = cut = 0
-  for example in examples:
-    student = example.student.ids
-    teacher = example.teacher.ids if example.teacher else ()
-    sources.check_ids(student, vocab_size, example.where)
-    sources.check_ids(teacher, teacher_vocab_size, example.where)
-    given = example.given or ()
-    sources.check_ids(given, vocab_size, example.where)
-    count += 1
-    longest = max(longest, len(student))
-    if max(len(student), len(teacher)) > window:
-      if config.overlong == "error":
-        _refuse_overlong(example, window)
-      overlong += 1
-      if config.overlong == "drop":
-        continue
-      if given and len(student) > window:
-        raise InputError(
-          f"{example.where}: the prompt has {len(student)} tokens, and the "
-          "completion that is given for it was written behind all of them, not "
-          f"behind the last {window}; raise data.max_prompt_tokens, or set "
-          'data.overlong to "drop"'
-        )
-    if not student or (example.teacher and not teacher):
-      empty += 1
-      continue
-    ids = np.asarray(student[-window:], np.int32)
-    cut += len(given) > completion_tokens
-    kept[example.index] = _Ids(
-      student=ids,
-      teacher=np.asarray(teacher[-window:], np.int32)
-      if example.teacher
-      else ids,
-      given=np.asarray(given[:completion_tokens], np.int32),
-      answer=None
-      if answer is None
-      else templates.fill(answer, example.row, example.where),
-    )
-  dropped = overlong if config.overlong == "drop" else 0
-  lengths = [len(ids.student) for ids in kept.values()]
-  return kept, PromptReport(
-    rows=count,
-    kept=len(kept),
-    truncated=overlong - dropped,
-    dropped=dropped,
-    empty=empty,
-    longest=longest,
-    mean_length=sum(lengths) / max(1, len(lengths)),
-    given_cut=cut,
-  )
-
-
-def _refuse_overlong(example: Example, window: int) -> None:
-  whose, length = "the prompt", len(example.student.ids)
-  if length <= window and example.teacher is not None:
-    whose, length = "the teacher's prompt", len(example.teacher.ids)
-  raise InputError(
-    f"{example.where}: {whose} has {length} tokens, data.max_prompt_tokens is "
-    f"{window}; raise it, shorten the prompt, or set data.overlong to "
-    '"truncate_left" or "drop"'
-  )
-
-
 def _check_kept(
   config: DataConfig, reports: Mapping[str, PromptReport]
 ) -> None:
@@ -469,23 +294,6 @@ def _check_kept(
       )
 
 
-def _total(reports: Sequence[PromptReport]) -> PromptReport:
-  def added(name: str) -> int:
-    return sum(getattr(report, name) for report in reports)
-
-  kept = added("kept")
-  return PromptReport(
-    rows=added("rows"),
-    kept=kept,
-    truncated=added("truncated"),
-    dropped=added("dropped"),
-    empty=added("empty"),
-    longest=max(report.longest for report in reports),
-    mean_length=sum(r.kept * r.mean_length for r in reports) / max(1, kept),
-    given_cut=added("given_cut"),
-  )
-
-
 def _pad(prompts: Sequence[np.ndarray], window: int) -> Tokens:
   tokens = np.zeros((len(prompts), window), np.int32)
   for slot, ids in enumerate(prompts):
@@ -495,7 +303,7 @@ def _pad(prompts: Sequence[np.ndarray], window: int) -> Tokens:
   )
 
 
-def _digest(rows: Mapping[int, _Ids]) -> str:
+def _digest(rows: Mapping[int, Ids]) -> str:
   digest = hashlib.sha256()
   for row, of_row in rows.items():
     for ids in (of_row.student, of_row.teacher, of_row.given):

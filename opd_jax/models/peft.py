@@ -6,15 +6,15 @@ from typing import Any
 
 import jax
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
+from opd_jax import storage
 from opd_jax.config import LoraConfig
 from opd_jax.errors import InputError
-from opd_jax.models import hf
+from opd_jax.models import hf, tensor_files
 from opd_jax.models.api import Model
 from opd_jax.models.config import ModelConfig
 from opd_jax.models.lora import Lora
+from opd_jax.storage import AnyPath
 from opd_jax.types import Params
 
 CONFIG_FILE = "adapter_config.json"
@@ -111,18 +111,18 @@ def to_config(lora: Lora, base: str | Path) -> dict[str, Any]:
   }
 
 
-def is_adapter(path: str | Path) -> bool:
-  """Whether a folder holds adapters."""
-  return (Path(path).expanduser() / CONFIG_FILE).is_file()
+def is_adapter(path: str | AnyPath) -> bool:
+  """Whether a folder, local or in a bucket, holds adapters."""
+  return (storage.to_path(path) / CONFIG_FILE).is_file()
 
 
-def read_base(folder: str | Path) -> str:
+def read_base(folder: str | AnyPath) -> str:
   """The checkpoint that adapters belong to; see `hf.resolve`.
 
   Raises:
     InputError: the config does not say.
   """
-  folder = Path(folder).expanduser()
+  folder = storage.to_path(folder)
   values = hf.read_json(folder / CONFIG_FILE)
   name, revision = values.get("base_model_name_or_path"), values.get("revision")
   if not isinstance(name, str) or not name:
@@ -133,7 +133,7 @@ def read_base(folder: str | Path) -> str:
   return f"{name}@{revision}" if revision else name
 
 
-def read_lora(folder: str | Path, config: ModelConfig) -> Lora:
+def read_lora(folder: str | AnyPath, config: ModelConfig) -> Lora:
   """Which adapters a folder holds.
 
   Args:
@@ -143,7 +143,7 @@ def read_lora(folder: str | Path, config: ModelConfig) -> Lora:
   Raises:
     InputError: another kind of adapter, or other products.
   """
-  file = Path(folder).expanduser() / CONFIG_FILE
+  file = storage.to_path(folder) / CONFIG_FILE
   values = hf.read_json(file)
   for name, found in values.items():
     # A field that is not known may change what is computed.
@@ -178,7 +178,7 @@ def read_lora(folder: str | Path, config: ModelConfig) -> Lora:
     raise InputError(f"{file}: {error}") from error
 
 
-def load(folder: str | Path, model: Model) -> Params:
+def load(folder: str | AnyPath, model: Model) -> Params:
   """Reads adapters into their places, float32.
 
   Args:
@@ -188,18 +188,13 @@ def load(folder: str | Path, model: Model) -> Params:
   Raises:
     InputError: the file is damaged, or holds other tensors.
   """
-  file = Path(folder).expanduser() / WEIGHTS_FILE
+  file = storage.to_path(folder) / WEIGHTS_FILE
   if not file.is_file():
     raise InputError(
       f"{file} does not exist; pickled adapters (adapter_model.bin) are not "
       "read, save them with peft as safetensors"
     )
-  try:
-    found = load_file(file)
-  except SafetensorError as error:
-    raise InputError(
-      f"{file} is damaged or no safetensors file ({error}); download it again"
-    ) from error
+  found = tensor_files.read_header(file)
   if model.lora is None:
     raise ValueError("the model has no adapters")
   expected = list(tensors(model.config, model.lora))
@@ -210,6 +205,11 @@ def load(folder: str | Path, model: Model) -> Params:
       raise InputError(
         f"{name} in {file} has shape {there}, but {CONFIG_FILE} and the base "
         f"model ask for {shapes.get(name)}; the files do not belong together"
+      )
+    if found[name].dtype not in tensor_files.DTYPES:
+      raise InputError(
+        f"{name} in {file} is {found[name].dtype}, must be one of "
+        f"{', '.join(tensor_files.DTYPES)}; save the adapter as one of these"
       )
   layers: dict[str, list[np.ndarray]] = {}
   for tensor in expected:

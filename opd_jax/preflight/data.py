@@ -8,7 +8,7 @@ from opd_jax import templates
 from opd_jax.config import RunConfig, SftConfig, SourceConfig
 from opd_jax.data import sources
 from opd_jax.data.files import Row, read_jsonl
-from opd_jax.data.prompts import PromptReport
+from opd_jax.data.preparing import PromptReport
 from opd_jax.models import hf
 from opd_jax.preflight.report import Finding, Section, table
 from opd_jax.setup import Setup

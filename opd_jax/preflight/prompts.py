@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from opd_jax import templates
-from opd_jax.data.prompts import Example
+from opd_jax.data.preparing import Example
 from opd_jax.errors import InputError
 from opd_jax.preflight.report import table
 from opd_jax.setup import Setup

@@ -10,7 +10,8 @@ import pytest
 from opd_jax import processes, tokenizer
 from opd_jax.config import DataConfig, SourceConfig, TemplateConfig
 from opd_jax.data import files
-from opd_jax.data.prompts import PromptReport, Prompts
+from opd_jax.data.preparing import PromptReport
+from opd_jax.data.prompts import Prompts
 from opd_jax.errors import InputError
 from tests.data.letters import Letters, write_rows
 

@@ -16,11 +16,12 @@ from tests.models import oracle, tiny
 
 families = pytest.mark.parametrize("name", tiny.CONFIGS)
 EIGHT = {"replica": 2, "fsdp": 2, "tensor": 2}
+CONTEXT = {"fsdp": 2, "tensor": 2, "context": 2}
 EIGHT_OF = {
   "llama": EIGHT,
-  "llama_biases": EIGHT,
-  "mistral": EIGHT,
-  "gemma2": EIGHT,
+  "llama_biases": CONTEXT,
+  "mistral": CONTEXT,
+  "gemma2": CONTEXT,
   "gemma3": EIGHT,
   "qwen3_moe": {"fsdp": 2, "tensor": 2, "expert": 2},
 }
@@ -220,7 +221,13 @@ def test_eight_devices_decode_as_one(name):
   spread = Model(tiny.CONFIGS[name], layout)
   shardings = jax.tree.map(lambda leaf: leaf.sharding, spread.abstract_params())
   got, cache = _decode_all(spread, jax.device_put(params, shardings), *rows)
-  np.testing.assert_allclose(got, want, atol=2e-5)
+  # A token behind the end of its row sees nothing, and its state means nothing.
+  _, ids, lengths = rows
+  live = np.arange(ids.shape[1] + 1) <= np.asarray(lengths)[:, None]
+  assert 0.5 < live.mean() < 1
+  np.testing.assert_allclose(
+    np.asarray(got)[live], np.asarray(want)[live], atol=2e-5
+  )
   assert cache.keys.sharding.is_equivalent_to(
     layout.sharding(CACHE_AXES, cache.keys.shape), cache.keys.ndim
   )

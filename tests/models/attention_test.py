@@ -165,7 +165,10 @@ def test_a_model_in_blocks_equals_a_model_at_once(monkeypatch, name):
   np.testing.assert_allclose(got[live], want[live], atol=1e-5)
   assert np.isfinite(got).all()
   np.testing.assert_array_equal(cache.positions, want_cache.positions)
-  for new, old in ((cache.keys, want_cache.keys),):
+  for new, old in (
+    (cache.keys, want_cache.keys),
+    (cache.values, want_cache.values),
+  ):
     assert new.shape == old.shape
     kept = np.moveaxis(np.asarray(new), 3, 2)[:, :, :17][:, live]
     before = np.moveaxis(np.asarray(old), 3, 2)[:, :, :17][:, live]

@@ -16,12 +16,16 @@ from opd_jax.errors import InputError
 from opd_jax.models import published
 from opd_jax.plan import compiling, fit, remedies, topology
 
+NO_LIBTPU = (
+  "no libtpu: `make unit` has it; for pytest alone, put .venv/plan (of `make "
+  "setup`) on PYTHONPATH"
+)
 LIBTPU = importlib.util.find_spec("libtpu") is not None
 
 
 def compiles(test):
   """Marks a test that needs the TPU compiler, and its time."""
-  skip = pytest.mark.skipif(not LIBTPU, reason="libtpu is not installed")
+  skip = pytest.mark.skipif(not LIBTPU, reason=NO_LIBTPU)
   return pytest.mark.slow(skip(test))
 
 
