@@ -21,7 +21,7 @@ def make(
   """
   lora = None if source.lora is None else Lora.of(source.lora, architecture)
   return Model(
-    architecture, layout, source.compute_dtype, source.remat, lora=lora
+    architecture, layout, source.compute_dtype, remat=source.remat, lora=lora
   )
 
 
