@@ -248,6 +248,10 @@ class Model(WeightSpec):
       if segments is not None:
         segments = blocks.deal(segments, -1)
       view_of = self._views(blocks.split(positions), None)
+      # Gathered here, once: queries of a shard look at the keys of all.
+      positions, segments = jax.tree.map(
+        lambda x: self._place(x, ("batch", None)), (positions, segments)
+      )
     layout = self.layout.in_shard("sequence")
     alone = dataclasses.replace(self, layout=layout)
 
