@@ -51,6 +51,7 @@ class Model(WeightSpec):
       "full" all of it, "dots" all but the products with weights.
   """
 
+  _: dataclasses.KW_ONLY
   remat: str = "none"
 
   def split_head(self, params: Params) -> tuple[Params, Params]:

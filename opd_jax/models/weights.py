@@ -37,6 +37,7 @@ class WeightSpec:
   config: ModelConfig
   layout: Layout
   compute_dtype: str = "float32"
+  _: dataclasses.KW_ONLY
   weight_dtype: str | None = None
   offload: bool = False
   lora: Lora | None = None
